@@ -1,0 +1,1 @@
+"""Networks of the field, one file each; every one has `width=`."""

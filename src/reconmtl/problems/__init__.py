@@ -1,0 +1,1 @@
+"""Ready problems, one file each."""
