@@ -40,7 +40,11 @@ def write_bytes(path: str | Path, write: Callable[[Path], None]) -> None:
 def write_json(path: str | Path, content: object) -> None:
     """Write JSON, indented, atomically."""
     text = json.dumps(content, indent=1, allow_nan=False) + "\n"
-    write_bytes(path, lambda temporary: temporary.write_text(text, encoding="utf-8") and None)
+
+    def write(temporary: Path) -> None:
+        temporary.write_text(text, encoding="utf-8")
+
+    write_bytes(path, write)
 
 
 def read_json(path: str | Path, error: type[ReconError]) -> Any:  # noqa: ANN401 whatever JSON holds; callers check

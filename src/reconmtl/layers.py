@@ -1,7 +1,7 @@
 """What a layer is: a module that owns parameters directly, its own parameters together.
 
 Weight and bias of one module are one layer; each normalisation is a layer of its own; a module that only contains other
-modules is none. In a split model the copy that a group of several tasks still shares is a layer too, named `layer[a+b]`.
+modules is none. In a split model, the copy that a group of several tasks still shares is a layer too, `layer[a+b]`.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
