@@ -1,0 +1,346 @@
+"""What a probe recorded, and everything that follows from it without training again.
+
+The record is, per step and layer, the upper triangle of the Gram matrix of the task gradients. Cosines, conflict scores
+for any severity, rankings and the distribution of conflicts are pure functions of it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from reconmtl.errors import PlanError, RunError, SeverityError, nearest
+from reconmtl.files import read_json, write_bytes, write_json
+from reconmtl.plan import Plan, check_k
+
+FORMAT = "reconmtl.log/1"
+NOISE = 1e-6
+"""A layer whose gradient norm stays below this fraction of the largest layer's carries rounding noise, no signal."""
+
+TABLE_EDGES = (0.0, -0.01, -0.02, -0.03)
+"""Bin edges of the paper's Table 6."""
+
+
+def check_severity(severity: float) -> None:
+    """Raise a SeverityError unless severity is in (-1, 0]."""
+    if not isinstance(severity, (int, float)) or isinstance(severity, bool) or not -1 < severity <= 0:
+        raise SeverityError(f"Severity S = {severity!r} is outside (-1, 0]; the paper uses values from -0.1 to 0.")
+
+
+def cosines_from_grams(grams: Tensor, tasks: int) -> Tensor:
+    """Turn packed Gram matrices into cosine similarities.
+
+    Args:
+        grams: Upper triangles with the diagonal, row by row, [..., tasks * (tasks + 1) / 2].
+        tasks: Number of tasks.
+
+    Returns:
+        Cosines of the pairs i < j in lexicographic order, [..., tasks * (tasks - 1) / 2], dtype of `grams`; NaN where a
+        gradient is zero or absent.
+    """
+    rows, columns = torch.triu_indices(tasks, tasks)
+    diagonal = (rows == columns).nonzero().flatten()
+    pairs = (rows != columns).nonzero().flatten()
+    norms = grams[..., diagonal].double().sqrt()
+    product = norms[..., rows[pairs]] * norms[..., columns[pairs]]
+    cosines = grams[..., pairs].double() / product
+    cosines[~(product > 0)] = math.nan
+    return cosines.clamp(-1, 1).to(grams.dtype)
+
+
+def conflict_scores(cosines: Tensor, *, severity: float) -> Tensor:
+    """Count, per layer, how often two tasks' gradients conflict.
+
+    Args:
+        cosines: Cosine similarity of each task pair, [steps, layers, pairs], in [-1, 1]; NaN where a gradient was zero.
+        severity: A pair conflicts when its cosine is strictly below this; the paper's S, in (-1, 0].
+
+    Returns:
+        Conflicts per layer, [layers], int64, summed over steps and pairs.
+
+    Raises:
+        SeverityError: If severity is outside (-1, 0].
+
+    Reference: Shi et al., Recon, ICLR 2023, Definition 3.
+    """
+    check_severity(severity)
+    # The threshold is rounded to the dtype of the cosines: a float32 cosine that prints as -0.1 is not below -0.1.
+    threshold = torch.tensor(severity, dtype=cosines.dtype)
+    return (cosines < threshold).sum(dim=(0, 2))
+
+
+def distribution(cosines: Tensor, *, edges: Sequence[float] = TABLE_EDGES) -> Tensor:
+    """Share of gradient pairs in each interval between falling edges, as in the paper's Table 6.
+
+    Args:
+        cosines: Any shape; NaN is left out.
+        edges: Falling edges e1 > e2 > ...; the intervals are [1, e1], (e1, e2], ..., (en, -1]: a cosine that equals an
+            edge belongs to the interval that ends there.
+
+    Returns:
+        Shares [len(edges) + 1] that sum to 1, float64; NaN if there is no cosine at all.
+
+    Reference: Shi et al., Recon, ICLR 2023, Tables 6 and 8-10.
+    """
+    values = cosines[~cosines.isnan()]
+    below = torch.stack([(values < torch.tensor(e, dtype=values.dtype)).sum() for e in edges]).double()
+    counts = torch.cat([torch.tensor([values.numel()]).double(), below])
+    counts = counts - torch.cat([counts[1:], counts.new_zeros(1)])
+    return counts / values.numel() if values.numel() else torch.full_like(counts, math.nan)
+
+
+def share_below(cosines: Tensor, threshold: float) -> float:
+    """Share of gradient pairs strictly below a threshold, in [0, 1]; NaN if there is none."""
+    return float(distribution(cosines, edges=[threshold])[1])
+
+
+class ConflictLog:
+    """Gram matrices of task gradients, per measured step and shared layer.
+
+    Args:
+        grams: Upper triangles with the diagonal, [steps, layers, tasks * (tasks + 1) / 2], float32 or float64 on the
+            CPU; NaN for tasks that do not reach a layer in a step.
+        tasks: Task names, in the order of the Gram matrices.
+        layers: Names of the shared layers, in network order.
+        sizes: Parameters of each layer that are shared.
+        types: Class name of each layer.
+        every: One of how many training steps was measured.
+    """
+
+    def __init__(
+        self,
+        grams: Tensor,
+        *,
+        tasks: Sequence[str],
+        layers: Sequence[str],
+        sizes: Mapping[str, int],
+        types: Mapping[str, str],
+        every: int = 1,
+    ) -> None:
+        expected = (len(layers), len(tasks) * (len(tasks) + 1) // 2)
+        if grams.ndim != 3 or tuple(grams.shape[1:]) != expected:
+            raise RunError(f"Expected Grams of shape [steps, {expected[0]}, {expected[1]}], got {list(grams.shape)}.")
+        self.grams = grams
+        self.tasks = tuple(tasks)
+        self.layers = tuple(layers)
+        self.sizes = {n: int(sizes[n]) for n in layers}
+        self.types = {n: types[n] for n in layers}
+        self.every = every
+
+    @property
+    def network_layers(self) -> tuple[str, ...]:
+        """Shared layers in network order, as `Plan`'s controls ask for them."""
+        return self.layers
+
+    @property
+    def steps(self) -> int:
+        """Number of measured steps."""
+        return self.grams.shape[0]
+
+    @property
+    def pairs(self) -> list[tuple[str, str]]:
+        """Task pairs, in the order of the last dimension of `cosines()`."""
+        return [(a, b) for i, a in enumerate(self.tasks) for b in self.tasks[i + 1 :]]
+
+    def __repr__(self) -> str:
+        return f"ConflictLog({self.steps} steps, {len(self.layers)} layers, tasks={list(self.tasks)})"
+
+    def cosines(self) -> Tensor:
+        """Cosine similarity of each task pair, [steps, layers, pairs]; NaN where a gradient was zero or absent."""
+        return cosines_from_grams(self.grams, len(self.tasks))
+
+    def whole(self) -> Tensor:
+        """Cosines over the concatenation of all shared parameters, [steps, pairs]; cos phi_ij of Definition 1."""
+        absent = self.grams.isnan()
+        total = torch.where(absent, 0.0, self.grams.double()).sum(1)
+        total[absent.all(1)] = math.nan
+        return cosines_from_grams(total, len(self.tasks)).to(self.grams.dtype)
+
+    def scores(self, *, severity: float) -> Tensor:
+        """S-conflict score of each layer, [layers], int64; see `conflict_scores`."""
+        return conflict_scores(self.cosines(), severity=severity)
+
+    def noise(self) -> Tensor:
+        """Layers whose gradients are rounding noise, [layers], bool: norms below 1e-6 of the largest layer's.
+
+        A convolution's bias in front of a BatchNorm is the usual case: its gradient is zero but for rounding.
+        """
+        rows, columns = torch.triu_indices(len(self.tasks), len(self.tasks))
+        squares = self.grams[..., rows == columns].double()
+        power = squares.nanmean(dim=(0, 2)).nan_to_num()
+        return power.sqrt() < NOISE * power.max().sqrt()
+
+    def window(self, start: int, stop: int) -> ConflictLog:
+        """The same log restricted to measured steps start <= step < stop."""
+        return self._with(self.grams[start:stop])
+
+    def _with(self, grams: Tensor) -> ConflictLog:
+        return ConflictLog(
+            grams, tasks=self.tasks, layers=self.layers, sizes=self.sizes, types=self.types, every=self.every
+        )
+
+    def rank(self, *, severity: float) -> Ranking:
+        """Order the layers by their S-conflict score, most conflicts first; ties keep network order.
+
+        Raises:
+            SeverityError: If severity is outside (-1, 0].
+
+        Reference: Shi et al., Recon, ICLR 2023, Algorithm 1.
+        """
+        scores = self.scores(severity=severity).tolist()
+        possible = self.steps * len(self.pairs)
+        return Ranking(self, dict(zip(self.layers, scores, strict=True)), severity=severity, possible=possible)
+
+    def merge(self, others: Sequence[ConflictLog]) -> ConflictLog:
+        """Append the steps of other logs (other seeds, say) of the same tasks and layers.
+
+        Raises:
+            RunError: If tasks or layers differ.
+        """
+        for other in others:
+            if other.tasks != self.tasks or other.layers != self.layers or other.sizes != self.sizes:
+                raise RunError("Only logs of the same tasks and layers can be merged; these differ.")
+        return self._with(torch.cat([self.grams, *(o.grams for o in others)]))
+
+    def save(self, path: str | Path) -> None:
+        """Write the log into a folder: `grams.safetensors` and `log.json`."""
+        folder = Path(path)
+        content = {"grams": self.grams.contiguous()}
+        write_bytes(folder / "grams.safetensors", lambda temporary: save_file(content, temporary))
+        write_json(
+            folder / "log.json",
+            {
+                "format": FORMAT,
+                "tasks": list(self.tasks),
+                "layers": [{"name": n, "parameters": self.sizes[n], "type": self.types[n]} for n in self.layers],
+                "every": self.every,
+                "steps": self.steps,
+            },
+        )
+
+    @classmethod
+    def load(cls, path: str | Path) -> ConflictLog:
+        """Read a log; damage is a RunError that names the file and the field."""
+        folder = Path(path)
+        source = folder / "log.json"
+        data = read_json(source, RunError)
+        if not isinstance(data, dict) or data.get("format") != FORMAT:
+            raise RunError(f"{source}: field 'format' should be {FORMAT!r}.")
+        tasks, layers, every = data.get("tasks"), data.get("layers"), data.get("every")
+        if not isinstance(tasks, list) or not all(isinstance(t, str) for t in tasks):
+            raise RunError(f"{source}: field 'tasks' should be a list of names.")
+        if not isinstance(layers, list) or not all(
+            isinstance(e, dict)
+            and isinstance(e.get("name"), str)
+            and isinstance(e.get("parameters"), int)
+            and isinstance(e.get("type"), str)
+            for e in layers
+        ):
+            raise RunError(f"{source}: field 'layers' should list objects with name, parameters and type.")
+        if not isinstance(every, int) or every < 1:
+            raise RunError(f"{source}: field 'every' should be a positive whole number.")
+        file = folder / "grams.safetensors"
+        try:
+            grams = load_file(file)["grams"]
+        except FileNotFoundError:
+            raise RunError(f"There is no file {file}.") from None
+        except (OSError, KeyError, SafetensorError) as cause:
+            raise RunError(f"{file} cannot be read as a log's Gram matrices: {cause}.") from None
+        if not grams.is_floating_point() or grams.ndim != 3 or grams.shape[0] != data.get("steps"):
+            raise RunError(f"{file}: expected [{data.get('steps')}, layers, pairs] floats, found {list(grams.shape)}.")
+        try:
+            return cls(
+                grams,
+                tasks=tasks,
+                layers=[e["name"] for e in layers],
+                sizes={e["name"]: e["parameters"] for e in layers},
+                types={e["name"]: e["type"] for e in layers},
+                every=every,
+            )
+        except (RunError, KeyError) as cause:
+            raise RunError(f"{source} and {file.name} do not belong together: {cause}") from None
+
+
+class Ranking:
+    """Layers ordered by their conflict scores, best candidate for a split first.
+
+    Attributes:
+        layers: Names, most conflicts first; ties in network order.
+        scores: Conflicts of each, in the same order.
+        severity: The S that was counted with.
+        possible: The highest score there could have been: measured steps times task pairs.
+    """
+
+    def __init__(self, of: ConflictLog, scores: Mapping[str, int], *, severity: float, possible: int) -> None:
+        ordered = sorted(of.layers, key=lambda n: -scores[n])  # sorted is stable: ties keep network order
+        self.layers = tuple(ordered)
+        self.scores = tuple(scores[n] for n in ordered)
+        self.severity = severity
+        self.possible = possible
+        self.tasks = of.tasks
+        self.network_layers = of.layers
+        self.sizes = of.sizes
+        self.types = of.types
+
+    def __repr__(self) -> str:
+        best = ", ".join(f"{n} {s}" for n, s in zip(self.layers[:3], self.scores, strict=False))
+        return f"Ranking({len(self.layers)} layers at S={self.severity}, of {self.possible}: {best}, ...)"
+
+    def top(self, k: int) -> Plan:
+        """The plan that splits the K layers with most conflicts.
+
+        Raises:
+            PlanError: If K is not between 1 and the number of layers.
+        """
+        check_k(k, len(self.layers))
+        return self._plan(self.layers[:k], k=k)
+
+    def budget(self, *, megabytes: float) -> Plan:
+        """The plan that walks the ranking and splits every layer that still fits a budget.
+
+        Args:
+            megabytes: Parameters that the split may add: (tasks - 1) copies, fp32, in units of 2**20 bytes.
+
+        Raises:
+            PlanError: If not even the smallest layer fits.
+        """
+        left = megabytes
+        picked = []
+        for name in self.layers:
+            added = (len(self.tasks) - 1) * self.sizes[name] * 4 / 2**20
+            if added <= left:
+                picked.append(name)
+                left -= added
+        if not picked:
+            raise PlanError(
+                f"No layer fits into {megabytes} MB; the smallest has {min(self.sizes.values())} parameters."
+            )
+        return self._plan(picked, megabytes=megabytes)
+
+    def _plan(self, names: Sequence[str], **how: object) -> Plan:
+        scores = dict(zip(self.layers, self.scores, strict=True))
+        chosen = {"by": "conflict", "severity": self.severity, **how, "scores": {n: scores[n] for n in names}}
+        return Plan(tasks=self.tasks, layers=names, chosen=chosen)
+
+    def distance(self, other: Ranking) -> float:
+        """Mean difference of the layers' positions in two rankings; 0 for equal ones.
+
+        Raises:
+            PlanError: If the rankings are not of the same layers; one missing layer is named.
+
+        Reference: Shi et al., Recon, ICLR 2023, Eq. 22.
+        """
+        if set(self.layers) != set(other.layers):
+            missing = min(set(self.layers) ^ set(other.layers))
+            raise PlanError(
+                f"Rankings of different layers cannot be compared: {missing!r} is in one only. "
+                f"{nearest(missing, other.layers)}"
+            )
+        position = {n: i for i, n in enumerate(other.layers)}
+        return sum(abs(i - position[n]) for i, n in enumerate(self.layers)) / len(self.layers)
