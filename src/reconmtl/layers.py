@@ -51,16 +51,19 @@ class Layer:
         return sum(self.sizes)
 
 
-def _named_owners(model: nn.Module) -> Iterator[tuple[str, str, nn.Module]]:
-    """Yield (layer name, prefix of parameter names, module) in `named_modules()` order, each module once."""
-    inside: dict[str, tuple[str, str]] = {}  # prefix of a group's copy -> (layer name, type of the split module)
+def _named_owners(model: nn.Module) -> Iterator[tuple[str, str, nn.Module, nn.Module]]:
+    """Yield (layer name, prefix of parameter names, module, module that was split) in `named_modules()` order, once."""
+    inside: dict[str, tuple[str, str]] = {}  # prefix of a group's copy -> (layer name, name of the split module)
     for prefix, module in model.named_modules():
         if isinstance(module, TaskCopies):
             owner = prefix.rpartition(".")[0]
             for label in module:
                 inside[f"{prefix}.{label}"] = (f"{owner or ROOT}[{label}]", owner)
-        name = inside[prefix][0] if prefix in inside else (prefix or ROOT)
-        yield name, prefix, module
+        if prefix in inside:
+            name, owner = inside[prefix]
+            yield name, prefix, module, model.get_submodule(owner)
+        else:
+            yield prefix or ROOT, prefix, module, module
 
 
 def find_layers(model: nn.Module) -> list[Layer]:
@@ -79,15 +82,13 @@ def find_layers(model: nn.Module) -> list[Layer]:
     aliases: dict[int, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         aliases.setdefault(id(module), []).append(name or ROOT)
-    modules = dict(model.named_modules())
     layers = []
     seen: set[int] = set()
-    for name, prefix, module in _named_owners(model):
+    for name, prefix, module, kind in _named_owners(model):
         own = [(key, p) for key, p in module.named_parameters(recurse=False) if id(p) not in seen]
         if not own:
             continue
         seen.update(id(p) for _, p in own)
-        kind = modules[name.partition("[")[0].replace(ROOT, "")] if name != (prefix or ROOT) else module
         layers.append(
             Layer(
                 name=name,
@@ -113,6 +114,8 @@ def match_layers(patterns: Iterable[str], names: Sequence[str]) -> list[str]:
     Raises:
         LayerMatchError: If any pattern matches nothing; all such patterns are named.
     """
+    if isinstance(patterns, str):
+        patterns = [patterns]
     known = set(names)
     found: set[str] = set()
     unmatched = []

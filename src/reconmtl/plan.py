@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -10,7 +9,7 @@ from typing import Protocol
 import numpy as np
 from torch import nn
 
-from reconmtl.errors import PlanError, nearest
+from reconmtl.errors import PlanError, RunError, nearest
 from reconmtl.files import read_json, write_json
 from reconmtl.layers import GROUP_SEPARATOR, group_label
 
@@ -40,6 +39,8 @@ class LayerSizes(Protocol):
 
 def check_tasks(tasks: Iterable[str]) -> tuple[str, ...]:
     """Return the task names as a tuple, or raise a PlanError that lists every name which cannot be used."""
+    if isinstance(tasks, str):
+        raise PlanError(f"Task names should be a list of names, found the one string {tasks!r}.")
     names = tuple(tasks)
     faults = []
     for name in names:
@@ -49,7 +50,7 @@ def check_tasks(tasks: Iterable[str]) -> tuple[str, ...]:
             faults.append(f"{name!r} contains one of '.', '[', ']', '+' or outer blanks")
         elif hasattr(nn.ModuleDict, name) or name in vars(nn.ModuleDict()):
             faults.append(f"{name!r} is an attribute of every nn.Module")
-    doubled = sorted({n for n in names if names.count(n) > 1}, key=str)
+    doubled = sorted({n for n in names if isinstance(n, str) and names.count(n) > 1})
     faults += [f"{n!r} appears more than once" for n in doubled]
     if not names:
         faults.append("there is none")
@@ -83,11 +84,13 @@ class Plan:
         chosen: Mapping[str, object] | None = None,
     ) -> None:
         self.tasks = check_tasks(tasks)
+        if isinstance(layers, str):
+            raise PlanError(f"Layers should be a list of names, or a mapping; found the one string {layers!r}.")
         each = tuple((t,) for t in self.tasks)
-        named = layers if isinstance(layers, Mapping) else dict.fromkeys(layers, each)
+        named = layers.items() if isinstance(layers, Mapping) else [(name, each) for name in layers]
         faults: list[str] = []
         self.layers: dict[str, Partition] = {}
-        for name, groups in named.items():
+        for name, groups in named:
             if not isinstance(name, str) or not name:
                 faults.append(f"layer name {name!r} is not a non-empty string")
                 continue
@@ -97,14 +100,18 @@ class Plan:
         self.chosen: dict[str, object] = dict(chosen or {})
 
     def _partition(self, name: str, groups: Sequence[Sequence[str]], faults: list[str]) -> Partition:
-        if any(isinstance(g, str) for g in groups):
-            faults.append(f"layer {name!r}: groups must be lists of tasks, got {list(groups)!r}")
+        if isinstance(groups, str) or not isinstance(groups, Iterable):
+            faults.append(f"layer {name!r}: groups must be lists of tasks, got {groups!r}")
+            return ()
+        groups = list(groups)
+        if any(isinstance(g, str) or not isinstance(g, Sequence) for g in groups):
+            faults.append(f"layer {name!r}: groups must be lists of tasks, got {groups!r}")
             return ()
         flat = [t for g in groups for t in g]
         if any(len(g) == 0 for g in groups):
             faults.append(f"layer {name!r}: a group of tasks is empty")
         faults += [
-            f"layer {name!r}: unknown task {t!r} ({nearest(t, self.tasks)})" for t in flat if t not in self.tasks
+            f"layer {name!r}: unknown task {t!r} ({nearest(str(t), self.tasks)})" for t in flat if t not in self.tasks
         ]
         faults += [
             f"layer {name!r}: task {t!r} is in {flat.count(t)} groups, expected 1"
@@ -156,7 +163,12 @@ class Plan:
     def save(self, path: str | Path) -> None:
         """Write the plan as a small JSON file."""
         content = {"format": FORMAT, "tasks": self.tasks, "layers": self.layers, "chosen": self.chosen}
-        write_json(path, content)
+        try:
+            write_json(path, content)
+        except RunError:
+            raise
+        except (TypeError, ValueError) as error:
+            raise PlanError(f"This plan cannot be written to {path}: `chosen` is not plain JSON ({error}).") from None
 
     @classmethod
     def load(cls, path: str | Path) -> Plan:
@@ -177,7 +189,7 @@ class Plan:
             raise PlanError(f"{source}: expected a plan with format {FORMAT!r}, found {found!r}.")
         tasks, layers, chosen = data.get("tasks"), data.get("layers"), data.get("chosen", {})
         if not isinstance(tasks, list) or not all(isinstance(t, str) for t in tasks):
-            raise PlanError(f"{source}: field 'tasks' should be a list of names, found {json.dumps(tasks)[:80]}.")
+            raise PlanError(f"{source}: field 'tasks' should be a list of names, found {repr(tasks)[:80]}.")
         if not isinstance(layers, dict) or not all(
             isinstance(g, list) and all(isinstance(x, list) and all(isinstance(t, str) for t in x) for x in g)
             for g in layers.values()
