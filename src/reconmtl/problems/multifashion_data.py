@@ -514,7 +514,8 @@ def load_published(path: str | Path) -> tuple[MultiFashion, MultiFashion]:
     except Exception as error:  # a damaged pickle can raise anything
         raise DataError(f"{path} is not a whole pickle file: {type(error).__name__}: {error}.") from None
     if not isinstance(content, tuple | list) or len(content) != 4:
-        found = f"{len(content)} entries" if isinstance(content, tuple | list) else type(content).__name__
+        kind = "one array" if isinstance(content, _Array) else type(content).__name__
+        found = f"{len(content)} entries" if isinstance(content, tuple | list) else kind
         raise DataError(f"{path}: expected (train images, train labels, test images, test labels), found {found}.")
     fields = ("training images", "training labels", "test images", "test labels")
     arrays = []
@@ -542,7 +543,7 @@ def _whole_numbers(array: NDArray[Any], largest: int, source: str) -> Bytes:
     """Convert to bytes, or raise unless every value is a whole number from 0 to `largest`."""
     if array.size and not (array.min() >= 0 and array.max() <= largest):  # NaN fails both
         raise DataError(f"{source}: values should be 0..{largest}, found {array.min()}..{array.max()}.")
-    whole = array.astype(np.uint8)
+    whole = array.astype(np.uint8, order="C")
     if array.dtype.kind == "f" and not np.array_equal(whole, array):
         raise DataError(f"{source}: values should be whole numbers 0..{largest}, found fractions.")
-    return np.ascontiguousarray(whole)
+    return whole
