@@ -1,0 +1,95 @@
+"""What people read: tables of a comparison, of a ranking, and of the distribution of conflicts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from reconmtl.comparing import Comparison, Row, grid
+from reconmtl.conflicts import TABLE_EDGES, Ranking, distribution
+from reconmtl.plan import Plan
+
+
+def layers_table(ranking: Ranking, plan: Plan) -> str:
+    """List the chosen layers, most conflicts first: rank, name, type, parameters, conflicts, and how often that is."""
+    rows = [
+        [
+            f"{i}",
+            name,
+            ranking.types[name],
+            f"{ranking.sizes[name]:,}",
+            f"{score}",
+            f"{100 * score / ranking.possible:.1f}",
+        ]
+        for i, (name, score) in enumerate(zip(ranking.layers, ranking.scores, strict=True), start=1)
+        if name in plan.layers
+    ]
+    header = ["rank", "layer", "type", "parameters", "conflicts", "% of pairs"]
+    return grid([header[1], header[0], *header[2:]], [[r[1], r[0], *r[2:]] for r in rows])
+
+
+def conflicts_table(
+    rows: Sequence[Row], *, edges: Sequence[float] = TABLE_EDGES, reference: str = "joint"
+) -> str | None:
+    """Show the distribution of cosines over the whole shared vector, a column per method, as the paper's Table 6 does.
+
+    Args:
+        rows: Of a comparison; those without a record are left out.
+        edges: Falling bin edges; the first bin holds the pairs without conflict.
+        reference: Label of the row that the reduction of the tail below `edges[1]` is relative to.
+
+    Returns:
+        The table in percent, or None if nothing was recorded.
+    """
+    recorded = [r for r in rows if any(run.log is not None for run in r.runs)]
+    if not recorded:
+        return None
+    shares = {}
+    for row in recorded:
+        whole = torch.cat([run.log.whole() for run in row.runs if run.log is not None])
+        shares[row.label] = 100 * distribution(whole, edges=edges)
+    ends = ["1", *(f"{e:g}" for e in edges), "-1"]
+    body = [
+        [f"{'[' if i == 0 else '('}{ends[i]}, {ends[i + 1]}]", *(f"{s[i]:.2f}" for s in shares.values())]
+        for i in range(len(edges) + 1)
+    ]
+    base = shares.get(reference)
+    if base is not None:
+        tail = float(base[2:].sum())
+        body.append(
+            [
+                f"reduction below {edges[1]:g} (%)",
+                *(
+                    "-" if n == reference or not tail else f"{100 * (tail - float(s[2:].sum())) / tail:.1f}"
+                    for n, s in shares.items()
+                ),
+            ]
+        )
+    return grid(["cos of the whole shared gradient", *shares], body)
+
+
+def summary(comparison: Comparison, ranking: Ranking, plan: Plan, facts: Sequence[str]) -> str:
+    """Write the whole result of a study as text that is also Markdown.
+
+    Args:
+        comparison: Methods side by side.
+        ranking: What the probe found.
+        plan: What was split.
+        facts: Lines under the table: seeds, epochs, scale, caveats.
+    """
+    parts = [str(comparison), "\n".join(facts)]
+    conflicts = conflicts_table(comparison.rows)
+    if conflicts is not None:
+        steps = {
+            r.label: max(run.log.steps for run in r.runs if run.log)
+            for r in comparison.rows
+            if any(run.log for run in r.runs)
+        }
+        counted = ", ".join(f"{label} {n}" for label, n in steps.items())
+        parts += [f"{conflicts}\n\nMeasured steps per seed: {counted}."]
+    noisy = (
+        f"Layers chosen by the probe (S = {ranking.severity:g}, {ranking.possible} measured gradient pairs per layer):"
+    )
+    parts += [noisy, layers_table(ranking, plan)]
+    return "\n\n".join(parts)

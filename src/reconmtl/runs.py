@@ -1,0 +1,231 @@
+"""What a training leaves behind: its folder and what is in it."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from reconmtl.conflicts import ConflictLog
+from reconmtl.errors import RunError
+from reconmtl.files import read_json, write_bytes
+from reconmtl.plan import Plan
+from reconmtl.version import __version__
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+FORMAT = "reconmtl.run/1"
+Values = dict[str, dict[str, float]]
+"""Task -> metric -> value."""
+
+
+@dataclass
+class Run:
+    """One finished training of one method under one seed.
+
+    Attributes:
+        method: "single", "joint" ...
+        label: The row it belongs to in a table, e.g. "joint w/ Recon".
+        seed: Of initialisation and batches.
+        metrics: Task -> metric -> value on the test set, last model.
+        directions: Task -> metric -> "max" or "min".
+        parameters: Trained parameters of the network, or of all single-task networks together.
+        seconds: Wall time of the training.
+        fingerprint: Of the data; runs with different ones cannot be compared.
+        network: Class name of the network.
+        config: Everything that was chosen: recipe, plan, record ...
+        plan: What was split; None for an unsplit network.
+        log: What was recorded in the training; None if nothing was.
+        path: Its folder; None if it was not written.
+    """
+
+    method: str
+    label: str
+    seed: int
+    metrics: Values
+    directions: dict[str, dict[str, Literal["max", "min"]]]
+    parameters: int
+    seconds: float
+    fingerprint: str
+    network: str
+    config: dict[str, Any] = field(default_factory=dict)
+    plan: Plan | None = None
+    log: ConflictLog | None = None
+    path: Path | None = None
+    build: Callable[[Run], nn.Module] | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def megabytes(self) -> float:
+        """Size of the trained parameters as fp32, in units of 2**20 bytes; the paper's #P."""
+        return self.parameters * 4 / 2**20
+
+    def model(self) -> nn.Module:
+        """The trained network: `model(x)` returns {task: output}, also for single-task runs.
+
+        Raises:
+            RunError: If the run was loaded without its problem, or has no checkpoint.
+        """
+        if self.build is None:
+            raise RunError("This run does not know its problem: load it with `rm.Run.load(path, problem=problem)`.")
+        return self.build(self)
+
+    def to_dict(self) -> dict[str, object]:
+        """`result.json`."""
+        return {
+            "format": FORMAT,
+            "method": self.method,
+            "label": self.label,
+            "seed": self.seed,
+            "metrics": self.metrics,
+            "directions": self.directions,
+            "parameters": self.parameters,
+            "megabytes": self.megabytes,
+            "seconds": self.seconds,
+            "fingerprint": self.fingerprint,
+            "network": self.network,
+        }
+
+    @classmethod
+    def load(cls, path: str | Path) -> Run:
+        """Read a finished run from its folder.
+
+        Raises:
+            RunError: If the folder is no finished run, or a file is damaged; file and field are named.
+        """
+        folder = Path(path)
+        source = folder / "result.json"
+        data = read_json(source, RunError)
+        if not isinstance(data, dict) or data.get("format") != FORMAT:
+            raise RunError(f"{source}: field 'format' should be {FORMAT!r}.")
+        kinds: dict[str, type | tuple[type, ...]] = {
+            "method": str,
+            "label": str,
+            "seed": int,
+            "metrics": dict,
+            "directions": dict,
+            "parameters": int,
+            "seconds": (int, float),
+            "fingerprint": str,
+            "network": str,
+        }
+        wrong = [n for n, kind in kinds.items() if not isinstance(data.get(n), kind)]
+        if wrong:
+            raise RunError(f"{source}: missing or wrong fields: {', '.join(wrong)}.")
+        for name, good in (("metrics", (int, float)), ("directions", str)):
+            if not all(
+                isinstance(of, dict) and all(isinstance(v, good) for v in of.values()) for of in data[name].values()
+            ):
+                raise RunError(f"{source}: field {name!r} should map a task to its metrics.")
+        return cls(
+            **{n: data[n] for n in kinds},
+            config=read_json(folder / "config.json", RunError),
+            plan=Plan.load(folder / "plan.json") if (folder / "plan.json").exists() else None,
+            log=ConflictLog.load(folder / "log") if (folder / "log").exists() else None,
+            path=folder,
+        )
+
+
+def new_folder(path: str | Path, *, resume: bool = False, overwrite: bool = False) -> Path:
+    """Make a folder for results, or say why not; written to before any long work begins.
+
+    Args:
+        path: The folder.
+        resume: Accept an existing one as it is.
+        overwrite: Empty an existing one, if it looks like one of ours.
+
+    Raises:
+        RunError: If it exists and neither was asked for, or it cannot be written to.
+    """
+    folder = Path(path)
+    if resume and overwrite:
+        raise RunError("--resume keeps what is there and --overwrite deletes it: give one of them.")
+    if folder.exists() and not folder.is_dir():
+        raise RunError(f"{folder} is a file; give a folder for the results.")
+    if folder.exists() and any(folder.iterdir()):
+        if overwrite:
+            if not (folder / "config.json").exists():
+                raise RunError(f"{folder} does not look like results of reconmtl (no config.json): delete it yourself.")
+            shutil.rmtree(folder)
+        elif not resume:
+            raise RunError(
+                f"The output folder {folder} exists already. Continue it with --resume, replace it with --overwrite, "
+                "or choose another one with --out."
+            )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunError(f"Cannot make the folder {folder}: {error.strerror}. Choose another one.") from None
+    return folder
+
+
+def environment() -> dict[str, object]:
+    """`env.json`: what produced a result."""
+    packages = {"reconmtl": __version__}
+    for name in ("torch", "numpy", "lightning-fabric", "lightning", "safetensors"):
+        try:
+            packages[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    git = None
+    if shutil.which("git"):
+        here = Path(__file__).parent
+        done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=False)
+        git = done.stdout.strip() or None
+    return {
+        "packages": packages,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "git": git,
+        "command": sys.argv,
+    }
+
+
+def save_checkpoint(path: Path, model: nn.Module, meta: Mapping[str, object]) -> None:
+    """Write a model's tensors and a little JSON into one safetensors file."""
+    state = {k: v.detach().cpu().contiguous().clone() for k, v in model.state_dict().items() if isinstance(v, Tensor)}
+    text = {"reconmtl": json.dumps(meta)}
+    write_bytes(path, lambda temporary: save_file(state, temporary, metadata=text))
+
+
+def load_checkpoint(path: Path) -> dict[str, Tensor]:
+    """Read the tensors of a checkpoint; damage is a RunError that names the file."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118 not a dict
+    except (OSError, SafetensorError) as error:
+        raise RunError(f"{path} cannot be read as a checkpoint: {error}.") from None
+
+
+def describe(method: str, plan: Plan | None) -> str:
+    """The label of a method with a plan, as the paper's tables name it."""
+    name = {"single": "single-task"}.get(method, method)
+    if plan is None:
+        return name
+    by, k = plan.chosen.get("by"), len(plan)
+    kinds = {
+        "conflict": "Recon",
+        "random_layers": f"{k} random layers",
+        "random_parameters": f"{k} random layers (by size)",
+        "first": f"first {k} layers",
+        "last": f"last {k} layers",
+        "smallest": f"{k} smallest layers",
+        "norms": f"all {k} norm layers",
+    }
+    return f"{name} w/ {kinds.get(str(by), f'{k} layers split')}"

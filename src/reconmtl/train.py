@@ -1,0 +1,389 @@
+"""Train: one loop, on Lightning Fabric; probing is training with a recorder."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+from torch import nn
+
+from reconmtl.conflicts import ConflictLog
+from reconmtl.errors import ProblemError, RunError, UnknownNameError, nearest
+from reconmtl.evaluation import Machine, evaluate
+from reconmtl.files import write_json
+from reconmtl.plan import Plan
+from reconmtl.probing import Probe
+from reconmtl.problem import Problem, call
+from reconmtl.progress import bar
+from reconmtl.runs import (
+    Run,
+    describe,
+    environment,
+    load_checkpoint,
+    new_folder,
+    save_checkpoint,
+)
+from reconmtl.splitting import check_optimizer, split
+
+Method = Literal["joint", "single"]
+BALANCERS = ("joint",)
+EVALUATIONS = 10
+"""Evaluations spread over a training, the last one after the last epoch."""
+
+
+class SingleTasks(nn.Module):
+    """One network per task behind one call: `model(x)` returns {task: output of the task's own network}."""
+
+    def __init__(self, networks: Mapping[str, nn.Module]) -> None:
+        super().__init__()
+        self.networks = nn.ModuleDict(networks)
+
+    def forward(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # noqa: ANN401 whatever the networks take
+        """Run every task's network on the same input."""
+        return {task: network(*args, **kwargs)[task] for task, network in self.networks.items()}
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Seed torch, NumPy and Python inside, and put their global states back afterwards."""
+    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 restored, not used
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        np.random.seed(seed % 2**32)  # noqa: NPY002 a user's transforms may draw from it
+        random.seed(seed)
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)  # noqa: NPY002 restored, not used
+
+
+@dataclass(frozen=True)
+class _Trained:
+    model: nn.Module
+    log: ConflictLog | None
+    parameters: int
+
+
+def _train(
+    problem: Problem,
+    *,
+    plan: Plan | None,
+    seed: int,
+    record: int,
+    machine: Machine,
+    description: str,
+    stop: int | None = None,
+    norm_stats: Literal["per-task", "shared"] = "per-task",
+    metrics: Path | None = None,
+) -> _Trained:
+    """Train one network from scratch under one seed, for `stop` epochs of the recipe's schedule (None: all)."""
+    recipe = problem.recipe
+    steps = len(problem.train) // recipe.batch_size
+    if not recipe.drop_last and len(problem.train) % recipe.batch_size:
+        steps += 1
+    if steps == 0:
+        raise ProblemError(
+            f"The training set has {len(problem.train)} samples, fewer than one batch of {recipe.batch_size}: lower "
+            "batch_size or pass drop_last=False."
+        )
+    steps = min(steps, machine.max_batches or steps)
+    epochs = recipe.epochs if stop is None else stop
+    fabric = machine.fabric()
+    # Batches come from a generator of their own: every method sees the same ones, whatever it draws while training.
+    shuffle = torch.Generator().manual_seed(seed)
+    with seeded(seed), bar(epochs * steps, description) as progress:
+        model = problem.model()
+        if plan is not None:
+            inputs, _ = problem.batch(problem.train, torch.arange(min(2, len(problem.train))), torch.device("cpu"))
+            model = split(model, plan, norm_stats=norm_stats, sample=inputs)
+        model = fabric.to_device(model)
+        torch.manual_seed(seed)  # drawing the weights of one network more or less must not move dropout
+        optimizer = recipe.make_optimizer(model)
+        check_optimizer(model, optimizer)
+        reached: set[nn.Parameter] = set()
+        schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, list(recipe.milestones), gamma=recipe.gamma)
+        probe = Probe(model, every=record, shared=problem.shared) if record else None
+        evaluated = {math.ceil(recipe.epochs * (i + 1) / EVALUATIONS) for i in range(EVALUATIONS)}
+        for epoch in range(1, epochs + 1):
+            model.train()
+            order = torch.randperm(len(problem.train), generator=shuffle)
+            total = torch.zeros((), device=fabric.device)
+            for indices in order.split(recipe.batch_size)[:steps]:
+                inputs, targets = problem.batch(problem.train, indices, fabric.device)
+                with fabric.autocast():
+                    losses = problem.losses(call(model, inputs), targets)
+                if losses:
+                    optimizer.zero_grad()
+                    loss = torch.stack([v.detach() for v in losses.values()]).sum()
+                    if probe is not None:
+                        probe.backward(losses)
+                    else:
+                        fabric.backward(torch.stack(list(losses.values())).sum())
+                    if epoch == 1:
+                        reached.update(p for p in model.parameters() if p.grad is not None)
+                    optimizer.step()
+                    total += loss
+                progress.update()
+            schedule.step()
+            mean = float(total) / steps
+            if not math.isfinite(mean):
+                raise RunError(
+                    f"{description}: the loss is {mean} in epoch {epoch}. Lower the learning rate "
+                    f"(lr = {recipe.lr}), or look for a loss that divides by zero."
+                )
+            progress.set_postfix_str(f"epoch {epoch}/{epochs}, loss {mean:.3f}")
+            if metrics is not None:
+                entry: dict[str, object] = {"epoch": epoch, "tasks": list(problem.task_names), "loss": mean}
+                if epoch in evaluated:
+                    entry["test"] = evaluate(problem, model, problem.test, machine=machine)
+                    if problem.val is not None:
+                        entry["val"] = evaluate(problem, model, problem.val, machine=machine)
+                with metrics.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(entry) + "\n")
+    # Single-task networks are often joint ones: what their only task never reaches has no gradient and does not count.
+    counted = reached if len(problem.tasks) == 1 else model.parameters()
+    return _Trained(model, None if probe is None else probe.log, sum(p.numel() for p in counted))
+
+
+def _overridden(problem: Problem, overrides: Mapping[str, Any]) -> Problem:
+    return problem.replace(recipe=problem.recipe.override(**overrides)) if overrides else problem
+
+
+def _check_record(record: int) -> int:
+    if not isinstance(record, int) or record < 0:
+        raise ProblemError(f"record = {record!r}: expected True (every step), or a whole number m: one of m steps.")
+    return int(record)
+
+
+def probe(
+    problem: Problem,
+    *,
+    epochs: int,
+    balancer: str = "joint",
+    seed: int = 0,
+    every: int = 1,
+    out: str | Path | None = None,
+    machine: Machine | None = None,
+) -> ConflictLog:
+    """Train for the first epochs of the problem's schedule and record how the tasks' gradients relate.
+
+    Args:
+        problem: What is trained.
+        epochs: The first so many epochs of `problem.recipe`; its milestones stay where they are.
+        balancer: How the shared gradient is formed; "joint" is the sum of the task gradients.
+        seed: Of initialisation and batches.
+        every: Measure one step of so many.
+        out: Folder to write the log to.
+        machine: Where and how it runs.
+
+    Returns:
+        The log.
+
+    Raises:
+        ReconError: If epochs exceed the schedule, the balancer is unknown, or nothing is shared.
+
+    Reference: Shi et al., Recon, ICLR 2023, Algorithm 1.
+    """
+    _check_balancer(balancer)
+    if not isinstance(epochs, int) or not 1 <= epochs <= problem.recipe.epochs:
+        raise ProblemError(f"epochs = {epochs!r}: expected 1 to {problem.recipe.epochs}, the length of the schedule.")
+    trained = _train(
+        problem,
+        plan=None,
+        seed=seed,
+        record=every,
+        machine=machine or Machine(),
+        description=f"probe seed {seed}",
+        stop=epochs,
+    )
+    assert trained.log is not None
+    if out is not None:
+        trained.log.save(out)
+    return trained.log
+
+
+def _check_balancer(balancer: str | None) -> None:
+    if balancer is not None and balancer not in BALANCERS:
+        raise UnknownNameError(f"Unknown balancer {balancer!r}. {nearest(str(balancer), BALANCERS)}")
+
+
+def fit(
+    problem: Problem,
+    *,
+    method: Method = "joint",
+    plan: Plan | None = None,
+    balancer: str | None = None,
+    record: int = False,
+    seeds: Sequence[int] = (0,),
+    norm_stats: Literal["per-task", "shared"] = "per-task",
+    out: str | Path | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    machine: Machine | None = None,
+    **recipe_overrides: Any,  # noqa: ANN401 fields of Recipe
+) -> list[Run]:
+    """Train a method from scratch, once per seed, and judge the last model on the test set.
+
+    Args:
+        problem: What is trained.
+        method: "joint" trains one network on the sum of the losses; "single" one network per task.
+        plan: Layers to split beforehand.
+        balancer: How the shared gradient is formed; None or "joint" is the sum of the task gradients.
+        record: Record task gradients while training: True every step, m one of m steps.
+        seeds: Of initialisation and batches. One seed gives every method the same shared weights and batches.
+        norm_stats: What split networks do with running statistics, see `split`.
+        out: Folder; each seed writes to its own `seed<k>` in it.
+        resume: Skip seeds that are finished in `out`.
+        overwrite: Replace what is in `out`.
+        machine: Where and how it runs.
+        **recipe_overrides: Fields of the recipe to change.
+
+    Returns:
+        A Run per seed.
+
+    Raises:
+        ReconError: If an argument is unknown or contradicts another; before anything is trained.
+
+    Reference: Shi et al., Recon, ICLR 2023, Algorithm 1 (the second training).
+    """
+    if method not in get_args(Method):
+        raise UnknownNameError(f"Unknown method {method!r}. {nearest(str(method), get_args(Method))}")
+    if method == "single" and (plan is not None or record):
+        raise ProblemError("Single-task training shares nothing: `plan` and `record` do not apply to it.")
+    _check_balancer(balancer)
+    if len(set(seeds)) != len(seeds) or not seeds:
+        raise ProblemError(f"seeds = {list(seeds)}: expected different whole numbers, at least one.")
+    problem = _overridden(problem, recipe_overrides)
+    record = _check_record(record)
+    machine = machine or Machine()
+    folder = None if out is None else Path(out)
+    return [
+        _fit_seed(problem, method, plan, record, seed, norm_stats, folder, resume, overwrite, machine) for seed in seeds
+    ]
+
+
+def _fit_seed(
+    problem: Problem,
+    method: Method,
+    plan: Plan | None,
+    record: int,
+    seed: int,
+    norm_stats: Literal["per-task", "shared"],
+    out: Path | None,
+    resume: bool,
+    overwrite: bool,
+    machine: Machine,
+) -> Run:
+    config = {
+        "problem": problem.name,
+        "method": method,
+        "seed": seed,
+        "record": record,
+        "norm_stats": norm_stats,
+        "recipe": problem.recipe.to_dict(),
+        "plan": None if plan is None else plan.to_dict(),
+        "machine": {"precision": str(machine.precision), "max_batches": machine.max_batches},
+    }
+    folder = None if out is None else new_folder(out / f"seed{seed}", resume=resume, overwrite=overwrite)
+    if folder is not None:
+        if resume and (folder / "result.json").exists():
+            return open_run(folder, problem)
+        write_json(folder / "config.json", config)
+        write_json(folder / "env.json", environment())
+        if plan is not None:
+            plan.save(folder / "plan.json")
+    metrics = None if folder is None else folder / "metrics.jsonl"
+    if metrics is not None:
+        metrics.unlink(missing_ok=True)
+    label = describe(method, plan)
+    started = time.perf_counter()
+    if method == "single":
+        parts = {
+            name: _train(
+                _for_one(problem, name),
+                plan=None,
+                seed=seed,
+                record=0,
+                machine=machine,
+                description=f"{label} {name} seed {seed}",
+                metrics=metrics,
+            )
+            for name in problem.task_names
+        }
+        model: nn.Module = SingleTasks({n: p.model for n, p in parts.items()})
+        log, parameters = None, sum(p.parameters for p in parts.values())
+        network = type(next(iter(parts.values())).model).__name__
+    else:
+        trained = _train(
+            problem,
+            plan=plan,
+            seed=seed,
+            record=record,
+            machine=machine,
+            description=f"{label} seed {seed}",
+            norm_stats=norm_stats,
+            metrics=metrics,
+        )
+        model, log, parameters = trained.model, trained.log, trained.parameters
+        network = type(model).__name__
+    seconds = time.perf_counter() - started
+    run = Run(
+        method=method,
+        label=label,
+        seed=seed,
+        metrics=evaluate(problem, model, problem.test, machine=machine),
+        directions={t.name: {m.name: m.best for m in t.metrics} for t in problem.tasks},
+        parameters=parameters,
+        seconds=seconds,
+        fingerprint=problem.fingerprint(),
+        network=network,
+        config=config,
+        plan=plan,
+        log=log,
+        path=folder,
+        build=lambda _: model,
+    )
+    if folder is not None:
+        if log is not None:
+            log.save(folder / "log")
+        save_checkpoint(folder / "last.ckpt", model, {"label": label, "seed": seed})
+        write_json(folder / "result.json", run.to_dict())  # last: its presence says that the run is finished
+    return run
+
+
+def _for_one(problem: Problem, name: str) -> Problem:
+    single = problem.single
+    model = problem.model if single is None else (lambda: single(name))
+    return problem.restrict([name]).replace(model=model)
+
+
+def open_run(path: str | Path, problem: Problem) -> Run:
+    """Read a finished run whose `model()` can be rebuilt, because its problem is known."""
+
+    def build(run: Run) -> nn.Module:
+        assert run.path is not None
+        if run.method == "single":
+            model: nn.Module = SingleTasks({n: _for_one(problem, n).model() for n in problem.task_names})
+        else:
+            model = problem.model()
+            if run.plan is not None:
+                inputs, _ = problem.batch(problem.train, torch.arange(1), torch.device("cpu"))
+                model = split(model, run.plan, norm_stats=run.config["norm_stats"], sample=inputs)
+        state = load_checkpoint(run.path / "last.ckpt")
+        missing, unexpected = model.load_state_dict(state, strict=False)
+        wrong = [n for n in [*missing, *unexpected] if not n.endswith("_extra_state")]
+        if wrong:
+            raise RunError(f"{run.path} was trained with another network: {wrong[0]!r} is in one of them only.")
+        return model
+
+    return replace(Run.load(path), build=build)
