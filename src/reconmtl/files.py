@@ -2,12 +2,16 @@
 
 import json
 import os
-import tempfile
+import secrets
+import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from reconmtl.errors import ReconError, RunError
+from safetensors import SafetensorError
+
+from reconmtl.errors import DataError, ReconError, RunError
 
 
 def write_bytes(path: str | Path, write: Callable[[Path], None]) -> None:
@@ -17,24 +21,22 @@ def write_bytes(path: str | Path, write: Callable[[Path], None]) -> None:
         RunError: If the folder cannot be written to or the disk is full; what was there before stays whole.
     """
     target = Path(path)
-    temporary: Path | None = None
+    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
-        os.close(descriptor)
-        temporary = Path(name)
+        temporary.touch(exist_ok=False)
+        mode = temporary.stat().st_mode
         write(temporary)
+        temporary.chmod(mode)  # safetensors writes private files of its own, whatever the user's umask says
         with temporary.open("rb+") as handle:
             os.fsync(handle.fileno())
-        temporary.chmod(0o644)  # mkstemp makes files private; results are to be read by others
         temporary.replace(target)
-    except OSError as error:
-        raise RunError(
-            f"Cannot write {target}: {error.strerror or error}. Free space, or choose another folder."
-        ) from error
+    except (OSError, SafetensorError) as error:
+        cause = getattr(error, "strerror", None) or error
+        raise RunError(f"Cannot write {target}: {cause}. Free space, or choose another folder.") from error
     finally:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
 
 
 def write_json(path: str | Path, content: object) -> None:
@@ -53,5 +55,30 @@ def read_json(path: str | Path, error: type[ReconError]) -> Any:  # noqa: ANN401
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise error(f"There is no file {path}.") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as cause:
+    except (OSError, ValueError, RecursionError) as cause:
         raise error(f"{path} cannot be read as JSON: {cause}.") from None
+
+
+def cache_folder() -> Path:
+    """Where built data sets are kept: $RECONMTL_CACHE, else the platform's cache folder + '/reconmtl'.
+
+    Raises:
+        DataError: If this user has no home folder and no variable says where to keep them.
+    """
+    chosen = os.environ.get("RECONMTL_CACHE")
+    if chosen:
+        return Path(chosen).expanduser()
+    platform: str = sys.platform
+    xdg = os.environ.get("XDG_CACHE_HOME", "")
+    local = os.environ.get("LOCALAPPDATA", "")
+    try:
+        if platform == "win32":
+            root = Path(local) if local else Path.home() / "AppData" / "Local"
+        elif platform == "darwin":
+            root = Path.home() / "Library" / "Caches"
+        else:
+            # The XDG base directory specification has relative paths ignored.
+            root = Path(xdg) if Path(xdg).is_absolute() else Path.home() / ".cache"
+    except RuntimeError as error:
+        raise DataError(f"No cache folder: {error} Set RECONMTL_CACHE to a folder.") from None
+    return root / "reconmtl"

@@ -1,14 +1,12 @@
-"""Composition against a slow oracle; the three ways to have the set; a pickle that may hold anything."""
+"""Composition against a slow oracle; the three ways to have the set."""
 
 import gzip
 import hashlib
 import importlib.resources
-import io
 import json
 import os
 import pickle
 import struct
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,7 +24,6 @@ from reconmtl.problems import idx, multifashion_data
 from reconmtl.problems.multifashion_data import (
     MultiFashion,
     build_full,
-    cache_folder,
     compose,
     content_hash,
     load_full,
@@ -446,29 +443,6 @@ def test_a_damaged_set_is_named_with_the_way_out(
     assert str(folder) in str(caught.value) and "--from DIR" in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    ("platform", "variables", "expected"),
-    [
-        ("linux", {"RECONMTL_CACHE": "/data/here", "XDG_CACHE_HOME": "/xdg"}, "/data/here"),
-        ("linux", {"XDG_CACHE_HOME": "/xdg"}, "/xdg/reconmtl"),
-        ("linux", {"XDG_CACHE_HOME": "relative"}, "/home/me/.cache/reconmtl"),
-        ("linux", {"XDG_CACHE_HOME": ""}, "/home/me/.cache/reconmtl"),
-        ("darwin", {"XDG_CACHE_HOME": "/xdg"}, "/home/me/Library/Caches/reconmtl"),
-        ("win32", {"LOCALAPPDATA": "/local"}, "/local/reconmtl"),
-        ("win32", {}, "/home/me/AppData/Local/reconmtl"),
-    ],
-)
-def test_the_cache_is_where_the_platform_keeps_caches(
-    monkeypatch: pytest.MonkeyPatch, platform: str, variables: dict[str, str], expected: str
-) -> None:
-    for name in ("RECONMTL_CACHE", "XDG_CACHE_HOME", "LOCALAPPDATA"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in {"HOME": "/home/me", "USERPROFILE": "/home/me", **variables}.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr(sys, "platform", platform)
-    assert cache_folder() == Path(expected)
-
-
 def test_the_default_cache_is_used(tmp_path: Path, originals: Originals, monkeypatch: pytest.MonkeyPatch) -> None:
     source, checksums, _ = originals
     monkeypatch.setenv("RECONMTL_CACHE", str(tmp_path))
@@ -488,8 +462,8 @@ def published(train: int = 7, test: int = 3) -> list[NDArray[Any]]:
     return arrays
 
 
-def write_pickle(path: Path, content: object, *, protocol: int = 4) -> Path:
-    path.write_bytes(pickle.dumps(content, protocol=protocol))
+def write_pickle(path: Path, content: object) -> Path:
+    path.write_bytes(pickle.dumps(content))
     return path
 
 
@@ -501,164 +475,35 @@ def assert_same(path: Path, arrays: list[NDArray[Any]]) -> None:
     assert (train.name, test.name) == ("multifashion-published-train", "multifashion-published-test")
 
 
-@pytest.mark.parametrize("protocol", range(6))
-@pytest.mark.parametrize("dtype", ["uint8", "int64", "float32", ">f8", ">i4"])
-def test_arrays_of_every_protocol_and_dtype_are_read(tmp_path: Path, protocol: int, dtype: str) -> None:
-    arrays = [a.astype(dtype) for a in published()]
-    assert_same(write_pickle(tmp_path / "p", tuple(arrays), protocol=protocol), published())
-
-
-@pytest.mark.parametrize("protocol", range(6))
 @pytest.mark.parametrize(
     "change",
     [
+        lambda a: a,
+        lambda a: a.astype(">f8"),
         lambda a: a.reshape(len(a), 1, *a.shape[1:]) if a.ndim == 3 else a,
         lambda a: a.reshape(len(a), -1),
         np.asfortranarray,
-        lambda a: np.repeat(a, 2, axis=1)[:, ::2],
     ],
-    ids=["channel", "flat", "fortran", "strided"],
+    ids=["plain", "floats", "channel", "flat", "fortran"],
 )
-def test_shapes_and_layouts_are_read(tmp_path: Path, protocol: int, change: Callable[[Any], Any]) -> None:
-    arrays = [change(a) for a in published()]
-    assert_same(write_pickle(tmp_path / "p", arrays, protocol=protocol), published())
+def test_the_published_form_is_read(tmp_path: Path, change: Callable[[Any], Any]) -> None:
+    assert_same(write_pickle(tmp_path / "p", [change(a) for a in published()]), published())
 
 
-@pytest.mark.parametrize("protocol", range(6))
-def test_old_and_new_names_of_numpys_modules_are_known(tmp_path: Path, protocol: int) -> None:
-    path = write_pickle(tmp_path / "p", tuple(published()), protocol=protocol)
-    content = path.read_bytes()
-    old, new = b"numpy.core.", b"numpy._core."
-    here, there = (new, old) if new in content else (old, new)
-    assert here in content
-    if protocol < 4:
-        path.write_bytes(content.replace(here, there))
-    else:  # these protocols say how long a name is
-        for module in (b"multiarray", b"numeric"):
-            name, other = here + module, there + module
-            content = content.replace(bytes([len(name)]) + name, bytes([len(other)]) + other)
-        # ... and how long the first frame is; without frames the rest is still a whole pickle.
-        path.write_bytes(content[:2] + content[11:])
-    assert (there in path.read_bytes()) and here not in path.read_bytes()
-    assert_same(path, published())
-
-
-def python2(arrays: list[NDArray[Any]]) -> bytes:
-    """The same tuple as Python 2 with an old NumPy pickled it under protocol 2: raw data are its `str`."""
-    out = io.BytesIO()
-    out.write(b"\x80\x02(")
-    for a in arrays:
-        raw = a.astype("<i8").tobytes()
-        out.write(b"cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00\x85U\x01b\x87R(K\x01(")
-        out.write(b"".join(b"J" + struct.pack("<i", n) for n in a.shape) + b"t")
-        out.write(b"cnumpy\ndtype\nU\x02i8K\x00K\x01\x87R(K\x03U\x01<NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb")
-        out.write(b"\x89T" + struct.pack("<i", len(raw)) + raw + b"tb")
-    out.write(b"t.")
-    return out.getvalue()
-
-
-def test_a_pickle_of_python_2_is_read(tmp_path: Path) -> None:
-    (tmp_path / "p").write_bytes(python2(published()))
-    assert_same(tmp_path / "p", published())
-
-
-class Attack:
-    """Runs a command when it is unpickled."""
-
-    def __init__(self, marker: Path) -> None:
-        self.command = f"touch {marker}"
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return os.system, (self.command,)
-
-
-@pytest.mark.parametrize("protocol", range(6))
-@pytest.mark.parametrize("place", ["alone", "beside", "inside"])
-def test_a_command_in_the_file_is_not_run_and_named(tmp_path: Path, protocol: int, place: str) -> None:
-    attack = Attack(tmp_path / "ran")
-    array = np.empty(1, dtype=object)
-    array[0] = attack
-    content = {"alone": attack, "beside": (*published(), attack), "inside": (array, *published()[1:])}[place]
-    path = write_pickle(tmp_path / "evil.pickle", content, protocol=protocol)
-    expected = r"system|array of dtype 'O8'" if place == "inside" else rf"the name {os.name}\.system"
-    with pytest.raises(DataError, match=rf"evil\.pickle holds .*({expected}).*nothing in it was run"):
-        load_published(path)
-    assert not (tmp_path / "ran").exists()
-    pickle.loads(path.read_bytes())
-    assert (tmp_path / "ran").exists()  # it would have been
-
-
-@pytest.mark.parametrize(
-    "forbidden",
-    [
-        b"cbuiltins\neval\n.",
-        b"c__builtin__\neval\n.",
-        b"cnumpy\nload\n.",
-        b"cnumpy\nndarray.__class__\n.",
-        b"cnumpy.core.multiarray\nfromfile\n.",
-        b"cfunctools\npartial\n.",
-        b"\x80\x04\x8c\x02os\x8c\x06system\x93.",
-    ],
-)
-def test_names_that_no_array_needs_are_refused(tmp_path: Path, forbidden: bytes) -> None:
-    (tmp_path / "p").write_bytes(forbidden)
-    with pytest.raises(DataError, match=r"holds the name .*, which no array of numbers needs"):
-        load_published(tmp_path / "p")
-
-
-def test_functions_that_are_known_cannot_be_changed_by_the_file(tmp_path: Path) -> None:
-    # BUILD with a second state would set attributes on whatever function was named.
-    (tmp_path / "p").write_bytes(b"\x80\x02c_codecs\nencode\nN}X\x04\x00\x00\x00evilK\x01s\x86b.")
-    with pytest.raises(DataError, match="an attempt to change a function"):
-        load_published(tmp_path / "p")
-
-
-def state(shape: bytes, raw: bytes, dtype: bytes = b"u1") -> bytes:
-    array = b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\nK\x00\x85C\x01btR"
-    kind = b"cnumpy\ndtype\n(X" + struct.pack("<i", len(dtype)) + dtype + b"I00\nI01\ntR"
-    return b"\x80\x03" + array + b"(K\x01" + shape + kind + b"I00\nC" + bytes([len(raw)]) + raw + b"tb."
-
-
-@pytest.mark.parametrize(
-    ("content", "complaint"),
-    [
-        (state(b"K\x03\x85", b"ab"), r"shape \(3,\) and dtype uint8 in 2 bytes"),
-        (state(b"\x8a\x08" + b"\xff" * 7 + b"\x0f\x85", b"ab"), r"in 2 bytes"),  # 2**60: nothing is allocated
-        (state(b"J\xff\xff\xff\xff\x85", b"ab"), r"of shape \(-1,\)"),
-        (state(b"K\x03", b"abc"), "of shape 3"),
-        (state(b"K\x03\x85", b"abc", b"O8"), "of dtype 'O8'"),
-        (state(b"K\x03\x85", b"abc", b"V3"), "of dtype 'V3'"),
-        (state(b"K\x03\x85", b"abc", b"S1"), "of dtype 'S1'"),
-        (state(b"K\x01\x85", b"abcdefgh", b"M8"), "of dtype 'M8'"),
-    ],
-    ids=["short", "huge", "negative", "no tuple", "object", "void", "text", "date"],
-)
-def test_arrays_that_do_not_match_their_bytes_are_refused(tmp_path: Path, content: bytes, complaint: str) -> None:
-    (tmp_path / "p").write_bytes(content)
-    with pytest.raises(DataError, match=complaint):
-        load_published(tmp_path / "p")
-
-
-@given(cut=st.integers(0, 200))
-@settings(max_examples=40, deadline=None)
-def test_a_file_that_is_cut_off_is_refused(cut: int, tmp_path_factory: pytest.TempPathFactory) -> None:
-    path = tmp_path_factory.getbasetemp() / "cut.pickle"
-    content = pickle.dumps(tuple(published(2, 1)), protocol=cut % 6)
-    path.write_bytes(content[: len(content) * cut // 201])
-    with pytest.raises(DataError, match=r"cut\.pickle"):
+def test_a_published_file_that_would_run_something_is_refused(tmp_path: Path) -> None:
+    path = write_pickle(tmp_path / "evil.pickle", (*published()[:3], os.getcwd))
+    with pytest.raises(DataError, match=r"evil\.pickle holds the name .*getcwd.*nothing in it was run"):
         load_published(path)
 
 
-def _with(position: int, value: Any) -> Callable[[list[Any]], object]:  # noqa: ANN401
+def _with(position: int, value: Any) -> Callable[[list[Any]], object]:
     return lambda arrays: [value(a) if i == position else a for i, a in enumerate(arrays)]
 
 
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [
-        (lambda a: a[:3], "found 3 entries"),
-        (lambda a: dict(enumerate(a)), "found dict"),
-        (lambda a: a[0], "found one array"),
+        (lambda a: a[:3], r"expected \(training images, .*\), found 3 entries"),
         (_with(1, lambda a: a.tolist()), "training labels should be an array of numbers, found list"),
         (_with(0, lambda a: a + 1), r"training images: values should be 0\.\.255, found 1\.\.256"),
         (_with(2, lambda a: a - 300), r"test images: values should be 0\.\.255"),
@@ -680,8 +525,3 @@ def test_content_that_is_not_the_published_form_is_refused(
     path = write_pickle(tmp_path / "some.pickle", change(published()))
     with pytest.raises(DataError, match=rf"some\.pickle.*{complaint}"):
         load_published(path)
-
-
-def test_a_published_file_that_is_missing_is_named(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"none\.pickle cannot be read: No such file"):
-        load_published(tmp_path / "none.pickle")
