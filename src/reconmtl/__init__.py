@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from reconmtl.version import __version__
 
 if TYPE_CHECKING:
+    from reconmtl.checking import check_probe, layer_table
     from reconmtl.comparing import compare, delta_m
     from reconmtl.conflicts import ConflictLog, Ranking
     from reconmtl.errors import ReconError
@@ -39,10 +40,12 @@ _HOME = {
     "Run": "runs",
     "Task": "problem",
     "check_optimizer": "splitting",
+    "check_probe": "checking",
     "compare": "comparing",
     "cost": "splitting",
     "delta_m": "comparing",
     "fit": "train",
+    "layer_table": "checking",
     "probe": "train",
     "split": "splitting",
     "split_optimizer": "splitting",
@@ -63,10 +66,12 @@ __all__ = [
     "Task",
     "__version__",
     "check_optimizer",
+    "check_probe",
     "compare",
     "cost",
     "delta_m",
     "fit",
+    "layer_table",
     "probe",
     "split",
     "split_optimizer",

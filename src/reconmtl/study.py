@@ -20,12 +20,13 @@ from reconmtl.conflicts import ConflictLog, Ranking
 from reconmtl.errors import ProblemError, RunError
 from reconmtl.evaluation import Machine
 from reconmtl.files import read_json, write_bytes, write_json
+from reconmtl.gram import Gradients
 from reconmtl.plan import Plan, check_k
-from reconmtl.problem import Problem
+from reconmtl.problem import Problem, call
 from reconmtl.reporting import summary
 from reconmtl.runs import Run, environment, new_folder
 from reconmtl.settings import Settings
-from reconmtl.train import fit, open_run, probe
+from reconmtl.train import fit, open_run, probe, seeded
 
 FORMAT = "reconmtl.study/1"
 
@@ -143,6 +144,7 @@ def run_study(settings: Settings) -> Study:
         ReconError: If a choice is wrong (before anything is trained), or a training fails.
     """
     decided = decide(settings)
+    _rehearse(decided)
     folder = new_folder(
         settings.out or Path("runs") / f"{Path(settings.problem.partition(':')[0]).stem}-{decided.preset or 'own'}",
         resume=settings.resume,
@@ -185,6 +187,19 @@ def run_study(settings: Settings) -> Study:
         for future in waiting:
             future.result()
     return _conclude(folder, decided, ranking, plan)
+
+
+def _rehearse(decided: Decided) -> None:
+    """Run two samples through a fresh network: what would fail after hours fails now, before a folder is made."""
+    problem = load_problem(decided)
+    with seeded(decided.seeds[0]):
+        model = problem.model()
+        inputs, targets = problem.batch(problem.train, torch.arange(min(2, len(problem.train))), torch.device("cpu"))
+        layout = Gradients(model, shared=problem.shared).layout(problem.losses(call(model, inputs), targets))
+    if not layout.layers:
+        raise ProblemError("No layer is reached by the losses of two tasks: there is nothing shared to split.")
+    if decided.k is not None:
+        check_k(decided.k, len(layout.layers))
 
 
 def _conclude(folder: Path, decided: Decided, ranking: Ranking, plan: Plan) -> Study:

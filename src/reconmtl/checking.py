@@ -1,0 +1,74 @@
+"""Look before training: which layers a model has, which tasks share them, and whether the probe measures them right."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from reconmtl.comparing import grid
+from reconmtl.gram import check_losses, reach
+from reconmtl.layers import find_layers
+from reconmtl.probing import Probe
+from reconmtl.problem import Problem, call
+from reconmtl.train import seeded
+
+
+def layer_table(model: nn.Module, losses: Mapping[str, Tensor] | None = None) -> str:
+    """List a model's layers: name, type, parameters and, given losses, which tasks reach them.
+
+    Args:
+        model: Any module, split or not.
+        losses: Scalar loss per task, with their graph (which is kept).
+
+    Returns:
+        A Markdown table in network order; `print` it.
+
+    Example:
+        >>> print(layer_table(nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1))))
+        | layer | type   | parameters |
+        |-------|-------:|-----------:|
+        | 0     | Linear |          9 |
+        | 2     | Linear |          4 |
+    """
+    layers = find_layers(model)
+    header = ["layer", "type", "parameters"]
+    rows = [[layer.name, layer.type, f"{layer.numel:,}"] for layer in layers]
+    if losses is not None:
+        check_losses(losses)
+        masks = reach(list(losses.values()), opaque=True)
+        parameters = dict(model.named_parameters())
+        for layer, row in zip(layers, rows, strict=True):
+            mask = 0
+            for name in layer.parameters:
+                mask |= masks.get(id(parameters[name]), 0)
+            tasks = [t for i, t in enumerate(losses) if mask >> i & 1]
+            row.append("all" if len(tasks) == len(losses) else ", ".join(tasks) or "none")
+        header.append("reached by")
+    return grid(header, rows)
+
+
+def check_probe(problem: Problem, *, batch: tuple[Any, Mapping[str, Tensor]] | None = None) -> float:
+    """Compare the probe with a slow oracle on a fresh network of a problem; nothing is trained.
+
+    Args:
+        problem: Whose network, losses and data are used.
+        batch: Inputs and {task: targets}; None takes the first batch of the training set.
+
+    Returns:
+        The largest difference of a cosine, over layers that carry more than rounding noise.
+
+    Raises:
+        ProbeError: If the probe is wrong on this network; the layer is named.
+    """
+    with seeded(0):
+        model = problem.model()
+        if batch is None:
+            size = min(problem.recipe.batch_size, len(problem.train))
+            inputs, targets = problem.batch(problem.train, torch.arange(size), torch.device("cpu"))
+        else:
+            inputs, targets = batch[0], {t: (y, None) for t, y in batch[1].items()}
+        losses = problem.losses(call(model, inputs), targets)
+        return Probe(model, shared=problem.shared).check(losses)

@@ -1,0 +1,115 @@
+"""The real command, in a process of its own."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+def _run(*arguments: str, cwd: Path, cache: Path | None = None) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "RECONMTL_CACHE": str(cache or cwd / "cache")}
+    return subprocess.run(
+        [sys.executable, "-m", "reconmtl", *arguments],
+        cwd=cwd,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+
+
+def test_one_command_does_the_whole_of_recon(tmp_path: Path) -> None:
+    done = _run("run", "planted", "--seeds", "0", "--out", "here", "--progress", "always", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "| joint w/ Recon" in done.stdout
+    assert "Results: here" in done.stdout
+    assert "probe seed 0" in done.stderr  # progress is on stderr only
+    assert "it/s" not in done.stdout
+    assert "seed 0" not in done.stdout.partition("| method")[0]
+    assert (tmp_path / "here" / "table.md").read_text().strip() in done.stdout
+
+
+def test_json_on_stdout_and_nothing_on_stderr_without_a_terminal(tmp_path: Path) -> None:
+    done = _run("run", "planted", "--seeds", "0", "--epochs", "1", "--json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert [row["label"] for row in json.loads(done.stdout)["rows"]][:2] == ["single-task", "joint"]
+    assert done.stderr == ""
+
+
+def test_paper_scale_smoke_test_runs_without_the_full_data(tmp_path: Path) -> None:
+    done = _run("run", "multifashion", "--preset", "paper", "--fast-dev-run", "--out", "out", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "43.43" in done.stdout  # the published size of Recon with K = 25
+    assert "42.81" in done.stdout
+    assert "85.62" in done.stdout
+    assert "numbers mean nothing" in done.stdout
+    assert "mini set instead" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "pieces"),
+    [
+        (["run", "multifashio"], ["Unknown problem", "Nearest: 'multifashion'"]),
+        (["run", "multifashion", "--preset", "papr"], ["Unknown preset 'papr'", "Nearest: 'paper'"]),
+        (["run", "multifashion", "--tasks", "digit", "fashon"], ["Unknown task 'fashon'", "Nearest: 'fashion'"]),
+        (["run", "planted", "--k", "7"], ["K = 7", "from 1 to 6"]),
+        (["run", "planted", "--severity", "0.1"], ["S = 0.1", "(-1, 0]"]),
+        (["run", "planted", "--severity", "-1"], ["S = -1", "(-1, 0]"]),
+        (["run", "multifashion", "--preset", "paper"], ["reconmtl data multifashion --from DIR", "--download"]),
+        (["run", "multifashion", "--data", "nowhere.pickle"], ["nowhere.pickle"]),
+        (["data", "multifashion", "--from", "nowhere"], ["nowhere"]),
+        (["data", "multifashion"], ["--from DIR"]),
+        (["data", "celebra"], ["celebra"]),
+        (["run", "planted", "--resume", "--overwrite"], ["one of them"]),
+        (["run", "planted", "--stepz", "3"], ["--stepz"]),
+    ],
+)
+def test_bad_input_is_a_sentence_and_exit_code_2(arguments: list[str], pieces: list[str], tmp_path: Path) -> None:
+    done = _run(*arguments, cwd=tmp_path)
+    assert done.returncode == 2, done.stdout + done.stderr
+    for piece in pieces:
+        assert piece in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_an_existing_folder_is_refused_with_both_ways_out(tmp_path: Path) -> None:
+    arguments = ("run", "planted", "--seeds", "0", "--epochs", "1", "--methods", "joint", "--out", "out")
+    assert _run(*arguments, cwd=tmp_path).returncode == 0
+    again = _run(*arguments, cwd=tmp_path)
+    assert again.returncode == 2
+    assert "--resume" in again.stderr
+    assert "--overwrite" in again.stderr
+    assert _run(*arguments, "--resume", cwd=tmp_path).returncode == 0
+
+
+def test_a_corrupt_data_file_is_named(tmp_path: Path) -> None:
+    for folder in ("mnist", "fashion-mnist"):
+        (tmp_path / "data" / folder).mkdir(parents=True)
+    (tmp_path / "data" / "mnist" / "train-images-idx3-ubyte.gz").write_bytes(b"\x1f\x8bnot really")
+    done = _run("data", "multifashion", "--from", "data", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "train-images-idx3-ubyte" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_your_own_problem_from_a_file(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(
+        "from reconmtl.problems import planted\ndef make():\n    return planted.make().replace(name='mine')\n"
+    )
+    done = _run("run", "mine.py:make", "--k", "2", "--jobs", "2", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "blocks.4" in done.stdout
+    wrong = _run("run", "mine.py:mak", cwd=tmp_path)
+    assert wrong.returncode == 2
+    assert "Nearest: 'make'" in wrong.stderr
+
+
+def test_ls_lists_the_ready_problems(tmp_path: Path) -> None:
+    done = _run("ls", cwd=tmp_path)
+    assert done.returncode == 0
+    assert "multifashion" in done.stdout
+    assert "planted" in done.stdout
