@@ -1,0 +1,315 @@
+"""The classes that modules of a split model get: their calls, their state dicts, their copies and pickles."""
+
+import json
+from collections.abc import Mapping
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from reconmtl.errors import SplitError
+from reconmtl.layers import TaskCopies
+from reconmtl.splitting.branched import Branched, SharedWriteError, collect
+from reconmtl.splitting.calls import call, prepare, run_faces, whole
+from reconmtl.splitting.groups import Family, Masks, MissingTaskError, complete, refine
+from reconmtl.splitting.outputs import deliver
+from reconmtl.splitting.ownership import Snapshot, module_masks, recorded_masks
+from reconmtl.splitting.storage import (
+    COPIES,
+    RECORD,
+    GroupTensors,
+    Record,
+    adapted_class,
+    copies,
+    record,
+    refine_buffers,
+    set_class,
+    write,
+)
+from reconmtl.splitting.structure import Value
+
+EXTRA = "_extra_state"
+
+
+def adapt(module: nn.Module, family: Family, name: str, **fields: Value) -> Record:
+    """Make a module one of a split model: give it a record, and the class that goes with it."""
+    rec = record(module)
+    if rec is None:
+        rec = Record(family, name, (tuple(module._parameters), tuple(module._buffers)), family.full)
+        module.__dict__[RECORD] = rec
+        set_class(module, AdaptedRoot if "root" in fields else Adapted)
+    for key, value in fields.items():
+        setattr(rec, key, value)
+    return rec
+
+
+def _new(mixin: type, base: type, names: tuple[str, ...]) -> Value:
+    return object.__new__(adapted_class(mixin, base, names))
+
+
+class Adapted(nn.Module):
+    """Mixed into the class of every module that a split model treats specially."""
+
+    def __call__(self, *args: Value, **kwargs: Value) -> Value:
+        """As the user's module, on values that may differ between tasks."""
+        return call(self, cast(Record, self.__dict__[RECORD]), super().__call__, args, kwargs)
+
+    def __setattr__(self, name: str, value: Value) -> None:
+        rec = record(self)
+        if rec is not None:
+            if name in rec.params or name in rec.buffers:
+                write(self, name, value)
+                return
+            if type(value) is Branched and name in self._buffers:
+                groups = complete(value.masks, rec.family.full)
+                refine_buffers(self, groups)
+                rec.stats = "always"
+                write(self, name, value)
+                return
+            if name in rec.held:
+                rec.held.discard(name)
+        super().__setattr__(name, value)
+
+    def __reduce_ex__(self, protocol: Any) -> Value:  # noqa: ANN401 as in object
+        reduced = super().__reduce_ex__(protocol)
+        assert isinstance(reduced, tuple)
+        return (_new, type(self)._reconmtl_key, *reduced[2:])  # type: ignore[attr-defined]
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Value], prefix: str, local_metadata: dict[str, Value], strict: bool,
+        missing_keys: list[str], unexpected_keys: list[str], error_msgs: list[str],
+    ) -> None:  # fmt: skip
+        rec = cast(Record, record(self))
+        if rec.root is not None:
+            check_plan(rec.root.plan, state_dict.get(prefix + EXTRA))
+        match_groups(self, rec, state_dict, prefix)
+        expand(rec, state_dict, prefix, assign=bool(local_metadata.get("assign_to_params_buffers")))
+        lacking: list[str] = []
+        arguments = (state_dict, prefix, local_metadata, strict, lacking, unexpected_keys, error_msgs)
+        if rec.buffers and isinstance(self, nn.modules.batchnorm._NormBase):
+            nn.Module._load_from_state_dict(self, *arguments)  # its own would add a shared num_batches_tracked
+        else:
+            super()._load_from_state_dict(*arguments)
+        missing_keys += [k for k in lacking if k != prefix + EXTRA]
+
+
+class AdaptedRoot(Adapted):
+    """Mixed into the class of a split model."""
+
+    def __call__(self, *args: Value, **kwargs: Value) -> Value:
+        """As the user's model; returns {task: output}."""
+        return call_root(self, cast(Record, self.__dict__[RECORD]), super(Adapted, self).__call__, args, kwargs)
+
+    def get_extra_state(self) -> Value:
+        """The plan, as JSON in a byte tensor, so that a checkpoint can be loaded without the plan at hand."""
+        root = cast(Record, record(self)).root
+        assert root is not None
+        text = json.dumps({"plan": root.plan, "norm_stats": root.norm_stats})
+        return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
+
+    def set_extra_state(self, state: Value) -> None:
+        """Nothing to do: `_load_from_state_dict` has compared the plans."""
+
+
+def read_extra_state(state: object) -> dict[str, Any]:
+    """The content of a split model's extra state.
+
+    Raises:
+        SplitError: If it is not one.
+    """
+    try:
+        if not isinstance(state, Tensor):
+            raise ValueError
+        content = json.loads(bytes(state.to(torch.uint8).tolist()).decode())
+        if not isinstance(content, dict) or not isinstance(content.get("plan"), dict):
+            raise ValueError
+    except (ValueError, UnicodeDecodeError) as error:
+        raise SplitError(
+            f"The state's {EXTRA!r} does not hold the plan of a split model, but {str(state)[:80]}. Was it averaged or "
+            "cast?"
+        ) from error
+    return content
+
+
+def check_plan(mine: dict[str, object], state: object) -> None:
+    """Refuse the state of a model that is split otherwise; without a plan, the state is an unsplit model's."""
+    if state is None:
+        return
+    theirs = read_extra_state(state)["plan"]
+    for key in ("tasks", "layers"):
+        if theirs.get(key) != mine[key]:
+            raise SplitError(
+                f"This state belongs to a model that was split otherwise; its plan's {key} are "
+                f"{str(theirs.get(key))[:300]}, "
+                f"this model's are {str(mine[key])[:300]}. Split with the plan that it holds: `rm.split(model, "
+                "saved_plan(state))`."
+            )
+
+
+# Loading ------------------------------------------------------------------------------------------------------------
+
+
+def match_groups(module: nn.Module, rec: Record, state: Mapping[str, Value], prefix: str) -> None:
+    """Give buffers the copies that a state dict has, which a model that was never called does not have yet."""
+    names = rec.buffers or tuple(n for n, b in module._buffers.items() if b is not None)
+    if rec.stats == "never" or not names:
+        return
+    start = f"{prefix}{COPIES}."
+    found = set()
+    for key in state:
+        if key.startswith(start):
+            label, _, name = key[len(start) :].rpartition(".")
+            mask = rec.family.parse(label)
+            if name in names and mask is not None:
+                found.add(mask)
+    have: Masks = rec.buffer_groups if rec.buffers else (rec.family.full,)
+    if found:
+        groups = refine(have, complete(tuple(sorted(found, key=lambda m: m & -m)), rec.family.full))
+        if groups != have:
+            refine_buffers(module, groups)
+
+
+def expand(rec: Record, state: dict[str, Value], prefix: str, *, assign: bool) -> None:
+    """Turn keys of a less split state into keys of every copy: `weight` into `per_task.<group>.weight`."""
+    for names, groups in ((rec.params, rec.param_groups), (rec.buffers, rec.buffer_groups)):
+        for name in names:
+            shared = state.pop(prefix + name, None)
+            for i, mask in enumerate(groups):
+                key = f"{prefix}{COPIES}.{rec.family.label(mask)}.{name}"
+                if key in state:
+                    continue
+                value = shared if shared is not None else _coarser(rec.family, state, prefix, name, mask)
+                if value is None and name == "num_batches_tracked":
+                    value = torch.tensor(0, dtype=torch.long)  # absent from states older than PyTorch 0.4.1
+                if value is not None:
+                    state[key] = value.clone() if assign and i > 0 and isinstance(value, Tensor) else value
+            for key in [k for k in state if k.startswith(f"{prefix}{COPIES}.") and k.endswith("." + name)]:
+                mask_of_key = rec.family.parse(key[len(prefix) + len(COPIES) + 1 : -len(name) - 1])
+                if mask_of_key is not None and mask_of_key not in groups and _covered(mask_of_key, groups):
+                    del state[key]
+
+
+def _covered(mask: int, groups: Masks) -> bool:
+    return any(g & mask == g for g in groups)
+
+
+def _coarser(family: Family, state: Mapping[str, Value], prefix: str, name: str, mask: int) -> Value:
+    start = f"{prefix}{COPIES}."
+    for key, value in state.items():
+        if key.startswith(start) and key.endswith("." + name):
+            other = family.parse(key[len(start) : -len(name) - 1])
+            if other is not None and other & mask == mask:
+                return value
+    return None
+
+
+# The outermost call -------------------------------------------------------------------------------------------------
+
+
+def call_root(module: nn.Module, rec: Record, plain: Value, args: tuple[Value, ...], kwargs: dict[str, Value]) -> Value:
+    """Call a split model: per-task values inside, a mapping from task to output outside."""
+    root = rec.root
+    assert root is not None
+    found: list[Branched] = []
+    collect((args, kwargs), found)
+    if found:  # the model calls itself
+        return plain(*args, **kwargs)
+
+    def run() -> Value:
+        if root.mode == "loop":
+            masks = rec.family.each()
+            prepare(module, masks)
+            out = run_faces(module, rec, masks, args, kwargs)
+        elif rec.atomic:
+            out = whole(module, rec, plain, args, kwargs, [])
+        else:
+            out = plain(*args, **kwargs)
+        return deliver(out, rec.family)
+
+    try:
+        if root.learned:
+            return run()
+        learn(module, args, kwargs)
+        before = Snapshot(module)
+        try:
+            return run()
+        except MissingTaskError:  # a value passes from task to task outside the graph: prune nothing
+            before.restore()
+            forget(module)
+            return run()
+    except MissingTaskError:
+        forget(module)
+        raise
+    except SplitError as error:
+        kind = SplitError if isinstance(error, SharedWriteError) else type(error)
+        raise kind(located(module, error)).with_traceback(error.__traceback__) from None
+
+
+def located(module: nn.Module, error: BaseException) -> str:
+    """The message of an error, with the name of the innermost module of the model in whose forward it came up."""
+    names = {id(m): n for n, m in module.named_modules() if n and not isinstance(m, (TaskCopies, GroupTensors))}
+    trace, inner = error.__traceback__, ""
+    while trace is not None:
+        owner = trace.tb_frame.f_locals.get("self")
+        if id(owner) in names and isinstance(owner, nn.Module):
+            inner = f"{names[id(owner)]} ({type(owner).__name__}): "
+        trace = trace.tb_next
+    text = str(error)
+    return text if not inner or text.startswith(inner) else inner + text
+
+
+def learn(module: nn.Module, args: tuple[Value, ...], kwargs: dict[str, Value]) -> None:
+    """Find, by one recorded call, what each module and each planned layer can reach; check the plan against it.
+
+    Raises:
+        SplitError: If a planned layer reaches no output, or one task's alone.
+    """
+    rec = cast(Record, record(module))
+    root, family = rec.root, rec.family
+    assert root is not None
+    params = recorded_masks(module, family, args, kwargs)
+    root.learned = True
+    if not params:
+        return
+    masks = module_masks(module, params)
+    faults = []
+    for m in module.modules():
+        r = record(m)
+        if r is None or not r.params:
+            continue
+        mine = 0
+        for p in copies(m)[family.label(r.param_groups[0])].parameters():
+            mine |= params.get(id(p), 0)
+        if not mine:
+            faults.append(
+                f"{r.name}: none of its parameters reaches an output of this call (or only through re-entrant "
+                "checkpointing "
+                "or torch.no_grad(), which hide it), so that copies would learn nothing"
+            )
+        elif mine & (mine - 1) == 0 and len(family.tasks) > 1:
+            faults.append(f"{r.name}: it reaches the output of {family.label(mine)!r} alone, so that nothing is shared")
+    if faults:
+        root.learned = False
+        raise SplitError("The plan names layers that cannot be split: " + "; ".join(faults) + ". Leave them out.")
+    if root.mode == "branch":
+        _own(module, "", family.full, masks, family)
+
+
+def _own(module: nn.Module, name: str, above: int, masks: dict[str, int], family: Family) -> None:
+    """Note the owner of each module whose tasks are fewer than its parent's."""
+    for key, child in module._modules.items():
+        if child is None or isinstance(child, TaskCopies):
+            continue
+        path = f"{name}.{key}" if name else key
+        mask = masks.get(path, 0) or above
+        if mask != above:
+            adapt(child, family, path, owner=mask)
+        _own(child, path, mask, masks, family)
+
+
+def forget(module: nn.Module) -> None:
+    """Compute every value for every task from now on."""
+    for m in module.modules():
+        rec = record(m)
+        if rec is not None:
+            rec.owner = rec.family.full

@@ -1,0 +1,205 @@
+"""What happens when a module of a split model is called with values that differ between tasks."""
+
+from collections.abc import Callable, Sequence
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from reconmtl.splitting.branched import (
+    Branched,
+    SharedWriteError,
+    check_untouched,
+    collect,
+    combine,
+    make,
+    meet,
+    missing,
+    pick,
+)
+from reconmtl.splitting.faces import Face, keep_attributes
+from reconmtl.splitting.groups import Family, Masks, complete, refine, union
+from reconmtl.splitting.storage import COPIES, Record, copies, record, refine_buffers, share_buffers
+from reconmtl.splitting.structure import Value, tensors, transform
+
+Plain = Callable[..., Value]
+FAST_PATHS = (nn.TransformerEncoder, nn.TransformerEncoderLayer, nn.MultiheadAttention)
+"""Modules whose inference kernel gives slightly other numbers than their training path; see `_fast_path`."""
+
+
+def call(module: nn.Module, rec: Record, plain: Plain, args: Sequence[Value], kwargs: dict[str, Value]) -> Value:
+    """Call a module below the root: pruned to the tasks that it can reach, whole per branch if it is atomic."""
+    found: list[Branched] = []
+    collect(args, found)
+    if kwargs:
+        collect(kwargs, found)
+    full = rec.family.full
+    if rec.owner != full:
+        return _owned(module, rec, plain, args, kwargs, found)
+    if rec.atomic or _fast_path(module):
+        return whole(module, rec, plain, args, kwargs, found)
+    return plain(*args, **kwargs)
+
+
+def _fast_path(module: nn.Module) -> bool:
+    """Whether the module would use PyTorch's fused inference kernel; it sees plain tensors only if run per branch."""
+    if not isinstance(module, FAST_PATHS) or module.training:
+        return False
+    return not torch.is_grad_enabled() or not any(p.requires_grad for p in module.parameters())
+
+
+def _owned(
+    module: nn.Module, rec: Record, plain: Plain, args: Sequence[Value], kwargs: dict[str, Value], found: list[Branched]
+) -> Value:
+    """Compute for the tasks that the module can reach alone; the result exists for them alone."""
+    owner, family = rec.owner, rec.family
+    masks = meet(found, f"{rec.name}(...)", (owner,)) if found else (owner,)
+    if masks == (owner,) and not _differs_inside(module):  # one branch and one copy: run it untouched, on plain tensors
+        check_untouched(found)
+        out = plain(*pick(tuple(args), owner), **pick(kwargs, owner))
+        return _limit(out, owner, family)
+
+    def limit(t: Value) -> Value:
+        return _limit(t, owner, family)
+
+    args, kwargs = transform(tuple(args), limit), transform(kwargs, limit)
+    found = []
+    collect((args, kwargs), found)
+    if rec.atomic or _fast_path(module):
+        return _limit(whole(module, rec, plain, args, kwargs, found), owner, family)
+    return _limit(plain(*args, **kwargs), owner, family)
+
+
+def _limit(value: Value, owner: int, family: Family) -> Value:
+    """The structure with every tensor valid for `owner` alone."""
+
+    def leaf(t: Tensor) -> Tensor:
+        if type(t) is not Branched:
+            return make(family, (owner,), (t,))
+        kept = [(m & owner, v) for m, v in zip(t.masks, t.vals, strict=True) if m & owner]
+        if not kept:
+            raise missing(t, owner)
+        if len(kept) == len(t.masks) and all(m == k for m, (k, _) in zip(t.masks, kept, strict=True)):
+            return t
+        return make(family, tuple(m for m, _ in kept), [v for _, v in kept])
+
+    return transform(value, leaf)
+
+
+def _differs_inside(module: nn.Module) -> bool:
+    """Whether anything at or below a module has copies."""
+    return any((r := record(m)) is not None and (r.params or r.buffers) for m in module.modules())
+
+
+def whole(
+    module: nn.Module, rec: Record, plain: Plain, args: Sequence[Value], kwargs: dict[str, Value], found: list[Branched]
+) -> Value:
+    """Run a module whole, once per group of tasks, on plain tensors."""
+    partitions = _partitions(module, rec)
+    if not found:
+        if not partitions:
+            return plain(*args, **kwargs)
+        masks = refine(*partitions)
+    else:
+        if torch.is_grad_enabled():
+            check_untouched(found)
+        masks = meet(found, f"{rec.name}(...)", *partitions)
+        if prepare(module, masks):
+            masks = meet(found, f"{rec.name}(...)", *_partitions(module, rec))
+    if masks == (rec.family.full,):
+        return plain(*pick(tuple(args), masks[0]), **pick(kwargs, masks[0]))
+    return run_faces(module, rec, masks, tuple(args), kwargs)
+
+
+def run_faces(module: nn.Module, rec: Record, masks: Masks, args: tuple[Value, ...], kwargs: dict[str, Value]) -> Value:
+    """Call one face per group and combine the results and what the calls assigned."""
+    watched = watch(module, masks)
+    faces: list[Face] = []
+    results = []
+    seen = _versions(masks, args, kwargs) if len(masks) > 1 else None
+    for m in masks:
+        face = Face(module, m)
+        faces.append(face)
+        results.append(face.module(*pick(args, m), **pick(kwargs, m)))
+        if seen is not None:
+            _check_versions(seen, m, rec)
+    keep_attributes(faces, masks, rec.family)
+    unwatch(watched, module.training)
+    return combine(results, masks, rec.family, f"{rec.name}(...)")
+
+
+# Buffers that a call changes ----------------------------------------------------------------------------------------
+
+
+def _below(module: nn.Module) -> list[tuple[nn.Module, Record]]:
+    if len(module._modules) <= (COPIES in module._modules):
+        rec = record(module)
+        return [(module, rec)] if rec is not None else []
+    return [(m, r) for m in module.modules() if (r := record(m)) is not None]
+
+
+def _partitions(module: nn.Module, rec: Record) -> list[Masks]:
+    if len(module._modules) <= (COPIES in module._modules):
+        return rec.partitions()
+    return list(dict.fromkeys(p for _, r in _below(module) for p in r.partitions()))
+
+
+def prepare(module: nn.Module, masks: Masks) -> bool:
+    """Give running statistics one copy per group of tasks that the module is now called for."""
+    changed = False
+    for m, r in _below(module):
+        if r.stats == "always" and (r.buffers or any(b is not None for b in m._buffers.values())):
+            have = r.buffer_groups if r.buffers else (r.family.full,)
+            groups = refine(have, complete(masks, r.family.full))
+            if groups != have:
+                refine_buffers(m, groups)
+                changed = True
+    return changed
+
+
+def watch(module: nn.Module, masks: Masks) -> list[tuple[nn.Module, Masks, list[tuple[Tensor, int]]]]:
+    """Give buffers of unknown use a copy per group for this call, to see whether it changes them."""
+    out = []
+    for m, r in _below(module):
+        if r.stats == "watch" and any(b is not None for b in m._buffers.values()) and not r.buffers:
+            refine_buffers(m, complete(masks, r.family.full))
+            held = [c for g in copies(m).values() for c in g._buffers.values() if c is not None]
+            out.append((m, r.buffer_groups, [(t, t._version) for t in held]))
+    return out
+
+
+def unwatch(watched: list[tuple[nn.Module, Masks, list[tuple[Tensor, int]]]], training: bool) -> None:
+    """Keep the copies of buffers that the call changed; merge the others again."""
+    for m, _, before in watched:
+        r = cast(Record, record(m))
+        held = [c for g in copies(m).values() for c in g._buffers.values() if c is not None]
+        if any(a is not b or a._version != v for a, (b, v) in zip(held, before, strict=True)):
+            r.stats = "always"
+            continue
+        share_buffers(m)
+        if training:
+            r.stats = "never"
+
+
+def _versions(masks: Masks, args: Value, kwargs: Value) -> list[tuple[Tensor, int, int]]:
+    """Every input tensor, the tasks it belongs to, and how often it was written to."""
+    full = union(masks)
+    out = []
+    for t in tensors((args, kwargs)):
+        parts = zip(t.masks, t.vals, strict=True) if type(t) is Branched else ((full, t),)
+        try:
+            out += [(v, m, v._version) for m, v in parts]
+        except RuntimeError:  # inference tensors do not count writes
+            continue
+    return out
+
+
+def _check_versions(seen: list[tuple[Tensor, int, int]], mask: int, rec: Record) -> None:
+    for tensor, owner, version in seen:
+        if tensor._version != version and owner & ~mask:
+            raise SharedWriteError(
+                f"{rec.name} changes its input in place, but is run once per task ({rec.family.label(mask)} first) on "
+                "an "
+                f"input that tasks share: the next one would see the change. Let {rec.name} compute out of place "
+                "(inplace=False), or clone its input before the call."
+            )

@@ -1,0 +1,149 @@
+"""Faces: a module of a split model as one group of tasks sees it, in its original classes, for one call."""
+
+import types
+import weakref
+from collections.abc import Sequence
+
+from torch import nn
+
+from reconmtl.errors import SplitError
+from reconmtl.layers import TaskCopies
+from reconmtl.splitting.branched import Branched, combine, pick
+from reconmtl.splitting.groups import Family, Masks, locate
+from reconmtl.splitting.storage import COPIES, MANAGED, RECORD, PerTask, Record, base_class, copies, own_tensors, record
+from reconmtl.splitting.structure import Value, children
+
+
+class Face:
+    """A module (with what is below it) as one group of tasks sees it, in its original classes.
+
+    Shares every tensor, hook and attribute; lives for one call. `finish` carries over what the call assigned.
+    """
+
+    def __init__(self, module: nn.Module, mask: int) -> None:
+        self.mask = mask
+        self.made: dict[int, tuple[nn.Module, nn.Module, dict[str, Value]]] = {}
+        if len(module._modules) <= (COPIES in module._modules):
+            self.module = self._one(module)
+        else:
+            inside = _with_records(module)
+            self.module = self._tree(module, inside)
+            for original, face, d in self.made.values():
+                for key, value in list(d.items()):
+                    if key not in MANAGED:
+                        d[key] = _rebind(value, self.made)
+                face.__dict__.update(d)
+                self.made[id(original)] = (original, face, dict(d))
+
+    def _one(self, module: nn.Module) -> nn.Module:
+        rec = record(module)
+        d = dict(module.__dict__)
+        if rec is None:
+            base = type(module)
+        else:
+            base = base_class(module)
+            del d[RECORD]
+            d["_parameters"], d["_buffers"] = own_tensors(module, rec, self.mask)
+            if rec.params and "_flat_weights" in d:
+                weights = [d["_parameters"].get(n) for n in d["_flat_weights_names"]]
+                d.update(_flat_weights=weights, _flat_weight_refs=[w if w is None else weakref.ref(w) for w in weights])
+            for name in rec.held:
+                d[name] = d[name].part(self.mask) if isinstance(d[name], PerTask) else pick(d[name], self.mask)
+            if COPIES in d["_modules"]:
+                d["_modules"] = {k: v for k, v in d["_modules"].items() if k != COPIES}
+        face = object.__new__(base)
+        face.__dict__.update(d)
+        self.made[id(module)] = (module, face, d)
+        return face
+
+    def _tree(self, module: nn.Module, inside: set[int]) -> nn.Module:
+        if id(module) in self.made:
+            return self.made[id(module)][1]
+        if id(module) not in inside:
+            return module
+        face = self._one(module)
+        below = {k: m if m is None else self._tree(m, inside) for k, m in face._modules.items()}
+        face.__dict__["_modules"] = self.made[id(module)][2]["_modules"] = below
+        return face
+
+    def changes(self) -> list[tuple[nn.Module, dict[str, Value]]]:
+        """What the call assigned to Python attributes; buffers that it replaced are stored where they belong."""
+        out = []
+        for original, face, before in self.made.values():
+            after = face.__dict__
+            rec = record(original)
+            if rec is not None and rec.buffers:
+                self._keep_buffers(original, rec, after["_buffers"])
+            if len(after) == len(before) and all(a is b for a, b in zip(after.values(), before.values(), strict=True)):
+                continue
+            new = {k: v for k, v in after.items() if k not in MANAGED and (k not in before or before[k] is not v)}
+            if new:
+                out.append((original, new))
+        return out
+
+    def _keep_buffers(self, original: nn.Module, rec: Record, after: dict[str, Value]) -> None:
+        label = rec.family.label(rec.buffer_groups[locate(rec.buffer_groups, (self.mask,))[0]])
+        mine = copies(original)._modules[label].__dict__["_buffers"]
+        for n in rec.buffers:
+            if after[n] is not mine[n]:
+                mine[n] = after[n]
+
+
+def keep_attributes(faces: Sequence[Face], masks: Masks, family: Family) -> None:
+    """Store what the calls of all faces assigned: shared if equal, else per group."""
+    changes = [f.changes() for f in faces]
+    if not any(changes):
+        return
+    by_module: dict[int, tuple[nn.Module, set[str]]] = {}
+    assigned: dict[tuple[int, int], dict[str, Value]] = {}
+    for i, change in enumerate(changes):
+        for module, new in change:
+            by_module.setdefault(id(module), (module, set()))[1].update(new)
+            assigned[id(module), i] = new
+    for key, (module, names) in by_module.items():
+        rec = record(module)
+        for name in sorted(names):
+            values = [assigned.get((key, i), {}).get(name, module.__dict__.get(name)) for i in range(len(faces))]
+            try:
+                merged = combine(values, masks, family, f"attribute {name!r}")
+            except SplitError:
+                merged = PerTask(masks, values)
+            module.__dict__[name] = merged
+            if rec is not None and (isinstance(merged, PerTask) or _holds_branches(merged)):
+                rec.held.add(name)
+
+
+def _holds_branches(value: Value) -> bool:
+    return type(value) is Branched or any(_holds_branches(v) for v in children(value) or ())
+
+
+def _with_records(module: nn.Module) -> set[int]:
+    """Ids of the modules at or above an adapted one."""
+    inside: set[int] = set()
+
+    def visit(m: nn.Module) -> bool:
+        found = record(m) is not None
+        for child in m._modules.values():
+            if child is not None and not isinstance(child, TaskCopies):
+                found = visit(child) or found
+        if found:
+            inside.add(id(m))
+        return found
+
+    visit(module)
+    return inside
+
+
+def _rebind(value: Value, made: dict[int, tuple[nn.Module, nn.Module, dict[str, Value]]]) -> Value:
+    """Point references to modules (in attributes, lists, dicts, bound methods) at their faces."""
+    if isinstance(value, nn.Module):
+        return made[id(value)][1] if id(value) in made else value
+    if type(value) in (list, tuple):
+        new = [_rebind(v, made) for v in value]
+        return value if all(a is b for a, b in zip(new, value, strict=True)) else type(value)(new)
+    if type(value) is dict:
+        items = {k: _rebind(v, made) for k, v in value.items()}
+        return value if all(items[k] is v for k, v in value.items()) else items
+    if isinstance(value, types.MethodType) and id(value.__self__) in made:
+        return types.MethodType(value.__func__, made[id(value.__self__)][1])
+    return value

@@ -1,0 +1,108 @@
+"""What cannot be split, found before anything changes: every refusal names the module and the way out."""
+
+import torch
+from torch import nn
+
+from reconmtl.errors import SplitError
+from reconmtl.layers import ROOT
+from reconmtl.plan import Partition, Plan
+from reconmtl.splitting.storage import COPIES, RECORD, plain_tensors
+
+_WRAPPERS = {
+    "DistributedDataParallel": "split first, then wrap: DistributedDataParallel(rm.split(model, plan))",
+    "DataParallel": "split `model.module` first, then wrap the result",
+    "FullyShardedDataParallel": "split first, then shard",
+    "OptimizedModule": "split first, then compile: torch.compile(rm.split(model, plan))",
+}
+
+
+def check_model(model: object, plan: object) -> None:
+    """Refuse models that no plan can split.
+
+    Raises:
+        SplitError: If the model is no module, wrapped, scripted, lazy or split already, or the plan is none.
+    """
+    if not isinstance(model, nn.Module):
+        raise SplitError(f"model: expected an nn.Module, got {type(model).__name__}.")
+    if not isinstance(plan, Plan):
+        raise SplitError(f"plan: expected a Plan, got {type(plan).__name__}. Write `Plan(tasks=[...], layers=[...])`.")
+    for kind in type(model).__mro__:
+        if kind.__name__ in _WRAPPERS and kind.__module__.startswith("torch."):
+            raise SplitError(f"The model is wrapped in {kind.__name__}: {_WRAPPERS[kind.__name__]}.")
+    for name, module in model.named_modules():
+        shown = name or ROOT
+        if type(module).__name__.startswith("FSDP") and hasattr(module, "unshard"):
+            raise SplitError(f"{shown} is sharded (FSDP): split first, then shard.")
+        if RECORD in module.__dict__:
+            raise SplitError(
+                f"{shown} is part of a split model already. Split the original model with the refined plan: "
+                "plan.refine(other)."
+            )
+        if isinstance(module, torch.jit.ScriptModule) and not name:
+            raise SplitError(
+                "The model is compiled by torch.jit; its forward is no Python. Split before torch.jit.script."
+            )
+        lazy = [n for n, p in module.named_parameters(recurse=False) if nn.parameter.is_lazy(p)]
+        lazy += [n for n, b in module.named_buffers(recurse=False) if nn.parameter.is_lazy(b)]
+        if lazy:
+            raise SplitError(f"{shown} is lazy: {lazy} have no shape yet. Call the model once, then split it.")
+
+
+def check_layers(model: nn.Module, layers: dict[str, Partition]) -> None:
+    """Refuse layers whose tensors are also held somewhere else.
+
+    Raises:
+        SplitError: If a layer is scripted, tied to one not split alike, or its tensors are held in an attribute.
+    """
+    modules = dict(model.named_modules())
+    planned = {name: modules[name if name != ROOT else ""] for name in layers}
+    faults = []
+    for name, module in planned.items():
+        if isinstance(module, torch.jit.ScriptModule):
+            faults.append(f"{name} is compiled by torch.jit; split before torch.jit.script")
+        if hasattr(module, COPIES):
+            faults.append(f"{name} has an attribute {COPIES!r}, the name under which copies are kept; rename it")
+    faults += _tied(modules, planned, layers) + _held(model, planned)
+    if faults:
+        raise SplitError("Cannot split: " + "; ".join(faults) + ".")
+
+
+def _tied(modules: dict[str, nn.Module], planned: dict[str, nn.Module], layers: dict[str, Partition]) -> list[str]:
+    owners: dict[int, list[tuple[str, str]]] = {}
+    for name, module in modules.items():
+        for key, p in module._parameters.items():
+            if p is not None:
+                owners.setdefault(id(p), []).append((name or ROOT, key))
+    out = []
+    for held in owners.values():
+        names = list(dict.fromkeys(n for n, _ in held))
+        split = [n for n in names if n in planned]
+        if not split or len(names) == 1:
+            continue
+        rest = [n for n in names if n not in planned]
+        shown = " and ".join(f"{n}.{key}" for n, key in held)
+        if rest:
+            out.append(
+                f"{shown} are one parameter (tied); splitting {split} alone would untie it. Name all of {names} in the "
+                "plan "
+                "(then it is tied within each task), or none"
+            )
+        elif len({layers[n] for n in split}) > 1:
+            out.append(
+                f"{shown} are one parameter (tied), but the plan groups their tasks differently; use the same groups"
+            )
+    return out
+
+
+def _held(model: nn.Module, planned: dict[str, nn.Module]) -> list[str]:
+    own = {id(p): f"{name}.{key}" for name, m in planned.items() for key, p in m._parameters.items() if p is not None}
+    names = {id(m): n or ROOT for n, m in model.named_modules()}
+    out = []
+    for module, attribute, tensor in plain_tensors(model):
+        if id(tensor) in own and not (isinstance(module, nn.RNNBase) and attribute.startswith("_flat_weight")):
+            out.append(
+                f"{own[id(tensor)]} is also held in the attribute {names[id(module)]}.{attribute}, which would keep "
+                "pointing at "
+                "one task's copy; read the parameter from its module in forward instead"
+            )
+    return out

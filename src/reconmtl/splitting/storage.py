@@ -1,0 +1,335 @@
+"""Where a split layer keeps its tensors: in place, one plain child module per group of tasks under `per_task`.
+
+The layer stays the same object at the same place; its class becomes a subclass of its own class, in which the names of
+the moved tensors are properties that read the copies. What a layer computes is never computed by itself but by *faces*:
+short-lived modules of the original class that hold the tensors of one group. A face knows its tensors for good, so that
+work which autograd repeats later (checkpointing) cannot pick up another group's copy.
+"""
+
+import copy
+import functools
+import types
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
+from weakref import WeakValueDictionary
+
+from torch import Tensor, nn
+
+from reconmtl.errors import SplitError
+from reconmtl.layers import ROOT, TaskCopies
+from reconmtl.splitting.branched import Branched, make, pick
+from reconmtl.splitting.groups import Family, Masks, complete, locate, refine
+from reconmtl.splitting.structure import Value, children
+
+COPIES = "per_task"
+RECORD = "_reconmtl"
+MANAGED = frozenset(("_parameters", "_buffers", "_modules", "_flat_weights", "_flat_weight_refs"))
+
+
+class GroupTensors(nn.Module):
+    """The tensors of one layer that belong to one group of tasks."""
+
+
+@dataclass
+class Root:
+    """What only the outermost module of a split model knows."""
+
+    plan: dict[str, object]
+    norm_stats: str
+    mode: str
+    learned: bool = False
+
+
+@dataclass
+class Record:
+    """What is known about one module of a split model; lives in the module, travels with copies and pickles.
+
+    Attributes:
+        family: The tasks.
+        name: Dotted name, for messages.
+        order: Original names of its own parameters and of its own buffers, None ones included.
+        params: Names of parameters with copies, and the groups that have one.
+        buffers: The same for buffers.
+        owner: The tasks whose outputs this module can reach; all, as long as nothing is known.
+        atomic: Whether it runs whole, once per group, on plain tensors.
+        stats: Its buffers become per-task where its input is: "always", "watch" (if a call changes them) or "never".
+        held: Names of Python attributes whose value differs between groups.
+        root: Set for the outermost module.
+    """
+
+    family: Family
+    name: str
+    order: tuple[tuple[str, ...], tuple[str, ...]]
+    owner: int
+    params: tuple[str, ...] = ()
+    param_groups: Masks = ()
+    buffers: tuple[str, ...] = ()
+    buffer_groups: Masks = ()
+    atomic: bool = False
+    stats: str = "never"
+    held: set[str] = field(default_factory=set)
+    root: Root | None = None
+
+    def partitions(self) -> list[Masks]:
+        """The partitions of tasks by which this module's own tensors differ."""
+        return [g for g, names in ((self.param_groups, self.params), (self.buffer_groups, self.buffers)) if names]
+
+
+class PerTask:
+    """A Python attribute that differs between groups of tasks, as a module's forward left it."""
+
+    def __init__(self, masks: Masks, values: Sequence[Value]) -> None:
+        self.masks, self.values = masks, tuple(values)
+
+    def part(self, mask: int) -> Value:
+        """The value of one group."""
+        return self.values[locate(self.masks, (mask,))[0]]
+
+
+def record(module: nn.Module) -> Record | None:
+    """The record of a module, None for one that split left alone."""
+    return cast("Record | None", module.__dict__.get(RECORD))
+
+
+def copies(module: nn.Module) -> TaskCopies:
+    """The container of a module's copies."""
+    return cast(TaskCopies, module._modules[COPIES])
+
+
+# Classes ------------------------------------------------------------------------------------------------------------
+
+_CLASSES: "WeakValueDictionary[tuple[type, type, tuple[str, ...]], type]" = WeakValueDictionary()
+
+
+def adapted_class(mixin: type, base: type, names: tuple[str, ...]) -> type:
+    """The subclass of a module class in which `names` are read from the copies."""
+    key = (mixin, base, names)
+    known = _CLASSES.get(key)
+    if known is None:
+
+        def body(namespace: dict[str, Value]) -> None:
+            namespace.update({n: property(functools.partial(_read_property, n)) for n in names})
+            namespace.update(__module__=base.__module__, __qualname__=base.__qualname__, __doc__=base.__doc__)
+            namespace["_reconmtl_key"] = key
+
+        known = types.new_class(base.__name__, (mixin, base), {}, body)
+        _CLASSES[key] = known
+    return known
+
+
+def _read_property(name: str, module: nn.Module) -> Value:
+    return read(module, name)
+
+
+def set_class(module: nn.Module, mixin: type | None = None) -> None:
+    """Give a module the class that its record asks for."""
+    rec = cast(Record, record(module))
+    old = getattr(type(module), "_reconmtl_key", None)
+    mixin, base = (old[0], old[1]) if old else (cast(type, mixin), type(module))
+    module.__class__ = adapted_class(mixin, base, (*rec.params, *rec.buffers))
+
+
+def base_class(module: nn.Module) -> type:
+    """The user's class of an adapted module."""
+    return cast(type, type(module)._reconmtl_key[1])  # type: ignore[attr-defined]
+
+
+# Reading and writing ------------------------------------------------------------------------------------------------
+
+
+def read(module: nn.Module, name: str) -> Value:
+    """A split tensor, as a value that holds every group's copy."""
+    rec = cast(Record, record(module))
+    of, groups = ("_parameters", rec.param_groups) if name in rec.params else ("_buffers", rec.buffer_groups)
+    box = copies(module)._modules
+    vals = [cast(Value, getattr(box[rec.family.label(m)], of)[name]) for m in groups]
+    value = make(rec.family, groups, vals)
+    if of == "_parameters":
+        value._is_param = True  # isinstance(value, nn.Parameter), as code that looks at weights expects
+    return value
+
+
+def write(module: nn.Module, name: str, value: Value) -> None:
+    """Assign a split buffer or parameter: each group takes its part."""
+    rec = cast(Record, record(module))
+    is_param = name in rec.params
+    if not isinstance(value, Tensor) or (is_param and not isinstance(value, nn.Parameter)):
+        raise SplitError(
+            f"{rec.name}.{name} has one copy per task and cannot become {type(value).__name__}; assign to the copies "
+            "in "
+            f"`{rec.name}.per_task` instead."
+        )
+    groups = rec.param_groups if is_param else rec.buffer_groups
+    if not is_param and type(value) is Branched and refine(groups, complete(value.masks, rec.family.full)) != groups:
+        refine_buffers(module, refine(groups, complete(value.masks, rec.family.full)))
+        groups = rec.buffer_groups
+    for i, m in enumerate(groups):
+        part = pick(value, m)
+        if type(value) is not Branched and i > 0:
+            part = clone(part)
+        child = copies(module)[rec.family.label(m)]
+        (child._parameters if is_param else child._buffers)[name] = part
+
+
+def clone(tensor: Tensor) -> Tensor:
+    """A copy of a parameter or buffer, of its own class and memory format, without gradient history."""
+    if isinstance(tensor, nn.Parameter):
+        new = copy.copy(tensor) if tensor.is_meta else nn.Parameter(tensor.detach().clone(), tensor.requires_grad)
+        if type(tensor) is not nn.Parameter:
+            new = copy.deepcopy(tensor)
+        new.__dict__.update({k: v for k, v in vars(tensor).items() if k not in new.__dict__})
+        new.grad = None
+        return new
+    return tensor.detach().clone()
+
+
+def split_parameters(module: nn.Module, groups: Masks, *, buffers: bool, memo: dict[tuple[int, int], Tensor]) -> None:
+    """Give every own parameter of a module (and every own buffer) one copy per group; the first keeps the object."""
+    rec = cast(Record, record(module))
+    rec.params = tuple(n for n, p in module._parameters.items() if p is not None)
+    rec.param_groups = groups
+    _move(module, "_parameters", rec.params, groups, memo)
+    if buffers:
+        rec.buffers = tuple(n for n, b in module._buffers.items() if b is not None)
+        rec.buffer_groups = groups
+        _move(module, "_buffers", rec.buffers, groups, memo)
+    if "_flat_weights" in module.__dict__:  # recurrent modules hold their weights a second time
+        module.__dict__.update(_flat_weights=[], _flat_weight_refs=[])
+    set_class(module)
+
+
+def _move(module: nn.Module, of: str, names: Iterable[str], groups: Masks, memo: dict[tuple[int, int], Tensor]) -> None:
+    rec = cast(Record, record(module))
+    box = module._modules.setdefault(COPIES, TaskCopies())
+    assert isinstance(box, TaskCopies)
+    box.train(module.training)
+    for name in names:
+        tensor = getattr(module, of).pop(name)
+        for i, mask in enumerate(groups):
+            part = tensor if i == 0 else memo.get((id(tensor), mask))
+            if part is None:
+                part = memo[id(tensor), mask] = clone(tensor)
+            _store(box, rec.family.label(mask), of, name, part, name not in module._non_persistent_buffers_set)
+
+
+def _store(box: TaskCopies, label: str, of: str, name: str, tensor: Tensor, persistent: bool) -> None:
+    if label not in box:
+        box[label] = GroupTensors().train(box.training)
+    child = box[label]
+    if of == "_parameters":
+        child.register_parameter(name, cast(nn.Parameter, tensor))
+    else:
+        child.register_buffer(name, tensor, persistent=persistent)
+
+
+def refine_buffers(module: nn.Module, groups: Masks, *, values: Callable[[str, int], Tensor] | None = None) -> None:
+    """Give every own buffer of a module one copy per group; later groups start from a copy of what they shared.
+
+    Args:
+        module: Any adapted module with buffers.
+        groups: A refinement of the groups it has.
+        values: What to start from instead: (name, mask) -> tensor.
+    """
+    rec = cast(Record, record(module))
+    if not rec.buffers:
+        rec.buffers = tuple(n for n, b in module._buffers.items() if b is not None)
+        rec.buffer_groups = (rec.family.full,)
+        _move(module, "_buffers", rec.buffers, rec.buffer_groups, {})
+    box, old = copies(module), rec.buffer_groups
+    held = {m: {n: box[rec.family.label(m)]._buffers.pop(n) for n in rec.buffers} for m in old}
+    for m in old:
+        label = rec.family.label(m)
+        if m not in groups and not box[label]._parameters:
+            del box[label]
+    used: set[int] = set()
+    for m in groups:
+        source = old[locate(old, (m,))[0]]
+        for n in rec.buffers:
+            tensor = values(n, m) if values else cast(Tensor, held[source][n])
+            if id(tensor) in used:
+                tensor = clone(tensor)
+            used.add(id(tensor))
+            _store(box, rec.family.label(m), "_buffers", n, tensor, n not in module._non_persistent_buffers_set)
+    rec.buffer_groups = groups
+    set_class(module)
+
+
+def share_buffers(module: nn.Module) -> None:
+    """Undo `refine_buffers` for buffers that turned out to be constant."""
+    rec = cast(Record, record(module))
+    refine_buffers(module, (rec.family.full,))
+    box, label = copies(module), rec.family.label(rec.family.full)
+    for n in rec.buffers:
+        module._buffers[n] = box[label]._buffers.pop(n)
+    if not box[label]._parameters:
+        del box[label]
+    if not len(box):
+        del module._modules[COPIES]
+    rec.buffers, rec.buffer_groups = (), ()
+    set_class(module)
+
+
+def own_tensors(module: nn.Module, rec: Record, mask: int) -> tuple[dict[str, Value], dict[str, Value]]:
+    """The parameters and buffers of a module as one group sees them, in their original order."""
+    out = []
+    for of, names, groups, order in (
+        ("_parameters", rec.params, rec.param_groups, rec.order[0]),
+        ("_buffers", rec.buffers, rec.buffer_groups, rec.order[1]),
+    ):
+        shared = module.__dict__[of]
+        if not names:
+            out.append(shared)
+            continue
+        label = rec.family.label(groups[locate(groups, (mask,))[0]])
+        mine = copies(module)._modules[label].__dict__[of]
+        both = {n: mine[n] if n in mine else shared.get(n) for n in order}
+        both.update({n: v for n, v in shared.items() if n not in both})
+        out.append(both)
+    return out[0], out[1]
+
+
+# The original classes -------------------------------------------------------------------------------------------------
+
+
+def to_plain(model: nn.Module, mask: int) -> None:
+    """Turn a (copied) tree back into its original classes, with the tensors of one group of tasks, in place."""
+    for module in list(model.modules()):
+        rec = record(module)
+        if rec is None:
+            continue
+        params, buffers = own_tensors(module, rec, mask)
+        for name in rec.held:
+            value = module.__dict__[name]
+            module.__dict__[name] = value.part(mask) if isinstance(value, PerTask) else pick(value, mask)
+        d = module.__dict__
+        d["_parameters"], d["_buffers"] = params, buffers
+        d["_modules"].pop(COPIES, None)
+        if rec.params and "_flat_weights" in d:
+            weights = [params.get(n) for n in d["_flat_weights_names"]]
+            d.update(_flat_weights=weights, _flat_weight_refs=[w if w is None else weakref.ref(w) for w in weights])
+        del d[RECORD]
+        module.__class__ = base_class(module)
+
+
+def plain_tensors(model: nn.Module) -> Iterable[tuple[nn.Module, str, Tensor]]:
+    """Tensors that modules hold in ordinary attributes (also inside lists and dicts): (module, attribute, tensor)."""
+    for module in model.modules():
+        for name, value in module.__dict__.items():
+            if name not in MANAGED and name not in nn.Module().__dict__:
+                for t in _tensors_in(value, 0):
+                    yield module, name, t
+
+
+def _tensors_in(value: Any, depth: int) -> Iterable[Tensor]:  # noqa: ANN401 any attribute
+    if isinstance(value, Tensor):
+        yield value
+    elif depth < 4 and not isinstance(value, nn.Module):
+        for v in children(value) or ():
+            yield from _tensors_in(v, depth + 1)
+
+
+def module_name(name: str) -> str:
+    """How a module is called in messages."""
+    return name or ROOT
