@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from reconmtl.batches import Data, call, check_outputs, select
 from reconmtl.errors import ProblemError
-from reconmtl.problem import Data, Problem, call, select
+from reconmtl.problem import Problem
 from reconmtl.runs import Values
 
 try:
@@ -33,8 +36,17 @@ class Machine:
     max_batches: int | None = None
 
     def fabric(self) -> Fabric:
-        """The Fabric of one process and one device."""
-        return Fabric(accelerator=self.accelerator, devices=1, precision=self.precision)
+        """The Fabric of one process and one device.
+
+        Raises:
+            ProblemError: If there is no such accelerator or precision, or this machine does not have it.
+        """
+        try:
+            return Fabric(accelerator=self.accelerator, devices=1, precision=self.precision)
+        except (ValueError, RuntimeError, TypeError) as error:
+            raise ProblemError(
+                f"accelerator = {self.accelerator!r}, precision = {self.precision!r} cannot be used: {error}"
+            ) from error
 
 
 def evaluate(problem: Problem, model: nn.Module, data: Data, *, machine: Machine | None = None) -> Values:
@@ -51,59 +63,77 @@ def evaluate(problem: Problem, model: nn.Module, data: Data, *, machine: Machine
         size; or what a stateful metric computes.
 
     Raises:
-        ProblemError: If a metric does not return one value per sample, or no sample has a task's target.
+        ProblemError: If the model lacks an output, a metric does not return one value per sample (or a stateful one not
+            one number), or no sample has a task's target.
     """
     machine = machine or Machine()
     fabric = machine.fabric()
-    device = next(model.parameters()).device
-    size = problem.recipe.batch_size
-    batches = torch.arange(len(data)).split(size)[: machine.max_batches]
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    batches = torch.arange(len(data)).split(problem.recipe.batch_size)[: machine.max_batches]
     sums = {(t.name, m.name): 0.0 for t in problem.tasks for m in t.metrics if not m.is_factory}
     states = {(t.name, m.name): m.fn() for t in problem.tasks for m in t.metrics if m.is_factory}
     for state in states.values():
         if hasattr(state, "to"):
             state.to(device)
-    counts = dict.fromkeys((t.name for t in problem.tasks), 0)
-    training = [(m, m.training) for m in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad(), fabric.autocast():
-            for indices in batches:
-                inputs, targets = problem.batch(data, indices, device)
+    counts = dict.fromkeys(problem.task_names, 0)
+    with evaluating(model), torch.no_grad():
+        for indices in batches:
+            inputs, targets = problem.batch(data, indices, device)
+            with fabric.autocast():
                 outputs = call(model, inputs)
-                for task in problem.tasks:
-                    if task.name not in targets:
-                        continue
-                    target, at = targets[task.name]
-                    output = select(outputs[task.name], at)
-                    n = len(indices) if at is None else len(at)
-                    counts[task.name] += n
-                    for metric in task.metrics:
-                        key = (task.name, metric.name)
-                        if key in states:
-                            states[key].update(output, target)
-                        else:
-                            sums[key] += _per_sample_sum(metric.fn(output, target), n, *key)
-    finally:
-        for module, mode in training:
-            module.training = mode
+            check_outputs(outputs, targets)
+            for task in problem.tasks:
+                if task.name not in targets:
+                    continue
+                target, at = targets[task.name]
+                output = select(outputs[task.name], at)
+                n = len(indices) if at is None else len(at)
+                counts[task.name] += n
+                for metric in task.metrics:
+                    key = (task.name, metric.name)
+                    if key in states:
+                        states[key].update(output, target)
+                    else:
+                        sums[key] += _per_sample_sum(metric.fn(output, target), n, *key)
     empty = [t.name for t in problem.tasks if t.metrics and not counts[t.name]]
     if empty:
         raise ProblemError(f"No sample of the evaluated data has a target for {empty}; there is nothing to judge.")
-    return {
-        t.name: {
-            m.name: float(states[t.name, m.name].compute()) if m.is_factory else sums[t.name, m.name] / counts[t.name]
-            for m in t.metrics
-        }
-        for t in problem.tasks
-    }
+    values: Values = {name: {} for name in problem.task_names}
+    for task in problem.tasks:
+        for metric in task.metrics:
+            key = (task.name, metric.name)
+            values[task.name][metric.name] = (
+                _number(states[key].compute(), *key) if key in states else sums[key] / counts[task.name]
+            )
+    return values
 
 
-def _per_sample_sum(values: Tensor, n: int, task: str, metric: str) -> float:
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put every submodule into evaluation mode, and back into its own mode afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def _per_sample_sum(values: Any, n: int, task: str, metric: str) -> float:  # noqa: ANN401 of the user
     if not isinstance(values, Tensor) or tuple(values.shape) != (n,):
         found = list(values.shape) if isinstance(values, Tensor) else type(values).__name__
         raise ProblemError(
             f"Metric {metric!r} of task {task!r} should return one value per sample, shape [{n}], found {found}; "
             "a mean over a batch cannot be averaged right over a test set."
         )
-    return float(values.double().sum())
+    return float(values.cpu().double().sum())  # not every accelerator has float64
+
+
+def _number(value: Any, task: str, metric: str) -> float:  # noqa: ANN401 of the user
+    try:
+        return float(value)
+    except (TypeError, ValueError, RuntimeError):
+        raise ProblemError(
+            f"`compute()` of metric {metric!r} of task {task!r} should return one number, found {value!r:.80}."
+        ) from None

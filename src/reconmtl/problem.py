@@ -4,41 +4,25 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import default_collate
+from torch.utils.data import IterableDataset
 
+from reconmtl.batches import Data, Targets, check_outputs, fetch, move, select
+from reconmtl.batches import call as call
 from reconmtl.errors import PlanError, ProblemError, UnknownNameError, nearest
 from reconmtl.plan import check_tasks
-
-Targets = dict[str, tuple[Tensor, Tensor | None]]
-"""Per task: the targets that are present, and the positions [n] of their samples in the batch (None: all of them)."""
 
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "sgd": torch.optim.SGD,
     "adam": torch.optim.Adam,
     "adamw": torch.optim.AdamW,
 }
-
-
-class Data(Protocol):
-    """A map-style data set; items are `(input, {task: target})`, a missing target is an absent key or None."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int, /) -> Any: ...  # noqa: ANN401 inputs are whatever the user's model takes
-
-
-@runtime_checkable
-class BatchData(Protocol):
-    """A data set that can also hand out a whole batch at once, which is faster than stacking items."""
-
-    def batch(self, indices: Tensor, /) -> tuple[Any, Mapping[str, Tensor]]:
-        """Return inputs and, per task, targets of the samples at `indices` [n]."""
 
 
 @dataclass(frozen=True)
@@ -65,14 +49,7 @@ class Metric:
     @property
     def is_factory(self) -> bool:
         """Whether `fn` makes a stateful metric instead of returning values per sample."""
-        try:
-            parameters = inspect.signature(self.fn).parameters.values()
-        except ValueError:  # builtins without a signature take (output, target)
-            return False
-        needed = [
-            p for p in parameters if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
-        ]
-        return not needed and not any(p.kind is p.VAR_POSITIONAL for p in parameters)
+        return _takes(self.fn, 0)
 
 
 @dataclass(frozen=True)
@@ -124,20 +101,30 @@ class Recipe:
         faults = []
         for name in ("epochs", "batch_size"):
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            if not _is_count(value):
                 faults.append(f"{name} = {value!r}: expected a whole number of at least 1")
         for name in ("lr", "momentum", "weight_decay", "gamma"):
             value = getattr(self, name)
-            if not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
+            if not _is_number(value) or value < 0:
                 faults.append(f"{name} = {value!r}: expected a number that is not negative")
         if isinstance(self.optimizer, str) and self.optimizer not in OPTIMIZERS:
             faults.append(f"optimizer = {self.optimizer!r}: unknown. {nearest(self.optimizer, OPTIMIZERS).rstrip('.')}")
-        if self.momentum and self.optimizer != "sgd":
+        elif not isinstance(self.optimizer, str) and not callable(self.optimizer):
+            faults.append(f"optimizer = {self.optimizer!r}: expected {', '.join(map(repr, OPTIMIZERS))} or a function")
+        elif self.momentum and self.optimizer != "sgd":
             faults.append(f"momentum = {self.momentum!r} belongs to 'sgd', not to {self.optimizer!r}")
-        if list(self.milestones) != sorted(set(self.milestones)):
-            faults.append(f"milestones = {self.milestones!r}: expected rising epochs")
+        if self.weight_decay and callable(self.optimizer):
+            faults.append(f"weight_decay = {self.weight_decay!r}: your own optimizer function has to set it")
+        if self.param_groups is not None and not callable(self.param_groups):
+            faults.append("param_groups: expected a function (model) -> groups; every training builds a fresh model")
+        milestones = self.milestones
+        if not isinstance(milestones, (tuple, list)) or not all(_is_count(m) for m in milestones):
+            faults.append(f"milestones = {milestones!r}: expected a tuple of epochs, whole numbers of at least 1")
+        elif list(milestones) != sorted(set(milestones)):
+            faults.append(f"milestones = {milestones!r}: expected rising epochs")
         if faults:
             raise ProblemError("This recipe cannot be trained: " + "; ".join(faults) + ".")
+        object.__setattr__(self, "milestones", tuple(milestones))  # a list comes from a file
 
     def override(self, **changes: Any) -> Recipe:  # noqa: ANN401 any field
         """The recipe with some fields changed; unknown names are answered with the nearest.
@@ -176,7 +163,8 @@ class Problem:
         recipe: How to train.
         val: Validation set; evaluated beside the test set, never used to choose anything.
         single: A function (task name) -> network for single-task training; None uses the joint network.
-        collate: A function (list of items) -> (inputs, {task: targets}); None stacks, leaving out missing targets.
+        collate: A function (list of items) -> (inputs, {task: targets of all items}); a task that is absent or None is
+            left out of the batch. None stacks inputs, and of each task the targets that are there.
         shared: Names or globs of the shared layers, only needed where compiled regions hide the graph.
         name: Shown in tables and files.
 
@@ -204,32 +192,22 @@ class Problem:
                 "model: expected a function that builds the network, e.g. `lambda: Net()`, got "
                 f"{type(model).__name__}; every training starts from a fresh one"
             )
-        try:
-            check_tasks(t.name for t in tasks)
-        except PlanError as error:
-            faults.append(f"tasks: {error}")
-        for task in tasks:
-            doubled = {m.name for m in task.metrics if sum(m.name == o.name for o in task.metrics) > 1}
-            faults += [f"task {task.name!r}: two metrics are called {m!r}" for m in sorted(doubled)]
-            faults += [
-                f"task {task.name!r}, metric {m.name!r}: best = {m.best!r}, expected 'max' or 'min'"
-                for m in task.metrics
-                if m.best not in ("max", "min")
-            ]
-            if not task.weight > 0:
-                faults.append(f"task {task.name!r}: weight = {task.weight!r}, expected a positive number")
-        for what, data in (("train", train), ("test", test), *((("val", val),) if val is not None else ())):
-            if not hasattr(data, "__len__") or not hasattr(data, "__getitem__"):
-                faults.append(f"{what}: expected a map-style data set with len() and [], got {type(data).__name__}")
-            elif len(data) == 0:
-                faults.append(f"{what}: the data set is empty")
+        faults += _task_faults(tasks)
+        sets = {"train": train, "test": test} | ({} if val is None else {"val": val})
+        for what, data in sets.items():
+            faults += _data_faults(what, data)
+        for what, function in (("single", single), ("collate", collate)):
+            if function is not None and (isinstance(function, nn.Module) or not callable(function)):
+                faults.append(f"{what}: expected a function or None, got {type(function).__name__}")
+        if not isinstance(recipe, Recipe):
+            faults.append(f"recipe: expected a Recipe, got {type(recipe).__name__}")
+        elif not _data_faults("train", train) and recipe.drop_last and len(train) < recipe.batch_size:
+            faults.append(
+                f"train: {len(train)} samples are fewer than one batch of {recipe.batch_size}, and drop_last leaves "
+                "such a batch out; lower batch_size or pass drop_last=False"
+            )
         if faults:
             raise ProblemError("This problem cannot be trained:\n- " + "\n- ".join(faults))
-        if hasattr(train, "__len__") and recipe.drop_last and len(train) < recipe.batch_size:
-            raise ProblemError(
-                f"The training set has {len(train)} samples, fewer than one batch of {recipe.batch_size}, and "
-                "drop_last leaves such a batch out: lower batch_size or pass drop_last=False."
-            )
         self.model = model
         self.tasks = tuple(tasks)
         self.train = train
@@ -274,10 +252,14 @@ class Problem:
         return Problem(**{**{n: getattr(self, n) for n in names}, **changes})
 
     def fingerprint(self) -> str:
-        """A short name of the data and its split: runs with different ones cannot be compared."""
+        """A short name of the data and its split: runs with different ones cannot be compared.
+
+        Made of the problem's name, the lengths of the sets, and their attribute `fingerprint` where that is a string.
+        """
         parts = [self.name]
         for data in (self.train, self.test):
-            parts += [str(getattr(data, "fingerprint", "")), str(len(data))]
+            mark = getattr(data, "fingerprint", None)
+            parts += [mark if isinstance(mark, str) else "", str(len(data))]
         return hashlib.sha256("/".join(parts).encode()).hexdigest()[:12]
 
     def batch(self, data: Data, indices: Tensor, device: torch.device) -> tuple[Any, Targets]:
@@ -294,81 +276,91 @@ class Problem:
         Raises:
             ProblemError: If the items are not `(input, {task: target})`.
         """
-        targets: Mapping[str, Any]
-        if isinstance(data, BatchData) and self.collate is None:
-            inputs, targets = data.batch(indices)
-        else:
-            items = [data[int(i)] for i in indices]
-            inputs, targets = self.collate(items) if self.collate is not None else _collate(items, self.task_names)
-        found: Targets = {}
-        for name in self.task_names:
-            target = targets.get(name)
-            if target is None:
-                continue
-            values, at = target if isinstance(target, tuple) else (target, None)
-            found[name] = (_move(values, device), None if at is None else at.to(device))
-        return _move(inputs, device), found
+        inputs, targets = fetch(data, indices, self.task_names, self.collate)
+        return move(inputs, device), {
+            t: (move(values, device), move(at, device)) for t, (values, at) in targets.items()
+        }
 
     def losses(self, outputs: Mapping[str, Any], targets: Targets) -> dict[str, Tensor]:
         """Weighted loss of each task that the batch has targets for.
 
         Raises:
-            ProblemError: If the model's output has no entry for a task.
+            ProblemError: If the model's output has no entry for a task, or a loss is no scalar.
         """
-        missing = [n for n in targets if not isinstance(outputs, Mapping) or n not in outputs]
-        if missing:
-            have = list(outputs) if isinstance(outputs, Mapping) else type(outputs).__name__
-            raise ProblemError(f"The model should return {{task: output}}; no output for {missing}, found {have}.")
-        return {
-            task.name: task.loss(select(outputs[task.name], at), values) * task.weight
-            for task in self.tasks
-            if task.name in targets
-            for values, at in [targets[task.name]]
-        }
+        check_outputs(outputs, targets)
+        losses = {}
+        for task in self.tasks:
+            if task.name in targets:
+                values, at = targets[task.name]
+                loss = task.loss(select(outputs[task.name], at), values)
+                if not isinstance(loss, Tensor) or loss.ndim != 0:
+                    found = f"shape {list(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+                    raise ProblemError(
+                        f"The loss of task {task.name!r} should be a scalar tensor, the mean over the samples; found "
+                        f"{found}."
+                    )
+                losses[task.name] = loss * task.weight
+        return losses
 
 
-def select(output: Any, at: Tensor | None) -> Any:  # noqa: ANN401 whatever the model returns
-    """The rows of an output (tensor, or containers of tensors) that have a target."""
-    if at is None:
-        return output
-    if isinstance(output, Tensor):
-        return output[at]
-    if isinstance(output, Mapping):
-        return {k: select(v, at) for k, v in output.items()}
-    return tuple(select(v, at) for v in output)
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def call(model: nn.Module, inputs: Any) -> Any:  # noqa: ANN401 whatever the model takes and returns
-    """Run `model(x)` for a tensor, `model(*x)` for a tuple or list, `model(**x)` for a mapping."""
-    if isinstance(inputs, Mapping):
-        return model(**inputs)
-    if isinstance(inputs, (tuple, list)):
-        return model(*inputs)
-    return model(inputs)
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
-def _collate(items: list[Any], tasks: Sequence[str]) -> tuple[Any, dict[str, tuple[Any, Tensor | None]]]:
-    for item in items:
-        if not isinstance(item, (tuple, list)) or len(item) != 2 or not isinstance(item[1], Mapping):
-            raise ProblemError(
-                f"Items of a data set should be (input, {{task: target}}), found {type(item).__name__}; "
-                "change the data set, or pass `collate=`."
-            )
-    inputs = default_collate([item[0] for item in items])
-    targets: dict[str, tuple[Any, Tensor | None]] = {}
+def _data_faults(what: str, data: Any) -> list[str]:  # noqa: ANN401 whatever was given
+    mapped = hasattr(data, "__len__") and hasattr(data, "__getitem__")
+    if not mapped or isinstance(data, (Mapping, str, IterableDataset)):
+        return [f"{what}: expected a map-style data set with len() and [], got {type(data).__name__}"]
+    return [] if len(data) else [f"{what}: the data set is empty"]
+
+
+def _task_faults(tasks: Any) -> list[str]:  # noqa: ANN401 whatever was given
+    if not isinstance(tasks, (list, tuple)) or not all(isinstance(t, Task) for t in tasks):
+        return ["tasks: expected a list of Task(name, loss=...)"]
+    faults = []
+    try:
+        check_tasks(t.name for t in tasks)
+    except PlanError as error:
+        faults.append(f"tasks: {error}")
     for task in tasks:
-        present = [i for i, item in enumerate(items) if item[1].get(task) is not None]
-        if present:
-            values = default_collate([items[i][1][task] for i in present])
-            targets[task] = (values, None if len(present) == len(items) else torch.tensor(present))
-    return inputs, targets
+        here = f"task {task.name!r}"
+        if isinstance(task.loss, type) or not _takes(task.loss, 2):
+            faults.append(f"{here}: loss should be a function (output, target) -> scalar, found {task.loss!r}")
+        if not _is_number(task.weight) or task.weight <= 0:
+            faults.append(f"{here}: weight = {task.weight!r}, expected a positive number")
+        if not isinstance(task.metrics, (list, tuple)) or not all(isinstance(m, Metric) for m in task.metrics):
+            faults.append(f"{here}: metrics should be a list of Metric(name, fn, best=...)")
+            continue
+        names = [m.name for m in task.metrics]
+        faults += [f"{here}: two metrics are called {n!r}" for n in sorted({n for n in names if names.count(n) > 1})]
+        faults += [
+            f"{here}: the metric's name should be a string, found {n!r}" for n in names if not isinstance(n, str)
+        ]
+        for metric in task.metrics:
+            if metric.best not in ("max", "min"):
+                faults.append(f"{here}, metric {metric.name!r}: best = {metric.best!r}, expected 'max' or 'min'")
+            stateful = isinstance(metric.fn, type) or hasattr(metric.fn, "compute")
+            if not _takes(metric.fn, 0) and (stateful or not _takes(metric.fn, 2)):
+                faults.append(
+                    f"{here}, metric {metric.name!r}: fn should be a function (output, target) -> values [N], or a "
+                    f"function without arguments that makes a stateful metric (lambda: ...), found {metric.fn!r}"
+                )
+    return faults
 
 
-def _move(value: Any, device: torch.device) -> Any:  # noqa: ANN401 nested containers of tensors
-    if isinstance(value, Tensor):
-        return value.to(device, non_blocking=True)
-    if isinstance(value, Mapping):
-        return {k: _move(v, device) for k, v in value.items()}
-    if isinstance(value, (tuple, list)):
-        return type(value)(_move(v, device) for v in value)
-    return value
+def _takes(function: object, n: int) -> bool:
+    """Whether `function` can be called with n arguments, and is not merely one that swallows any number."""
+    if not callable(function):
+        return False
+    try:
+        signature = inspect.signature(function)
+        signature.bind(*range(n))
+    except ValueError:  # builtins without a signature take (output, target)
+        return n > 0
+    except TypeError:
+        return False
+    return n > 0 or not any(p.kind is p.VAR_POSITIONAL for p in signature.parameters.values())

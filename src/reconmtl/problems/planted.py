@@ -1,9 +1,10 @@
 """A problem with a known answer: of six shared layers, two are made to fight.
 
-Each layer reads its own block of the input and their outputs add up. On the blocks of the friendly layers both tasks
+Each layer reads its own block of the input and predicts its own number. On the blocks of the friendly layers both tasks
 want the same function; on the fighting ones the second task wants the opposite of what the first one wants. No shared
 weight can serve both there, so these two layers must rank first, and splitting them must bring joint training to the
-level of single-task training.
+level of single-task training. The friendly layers' gradients are equal for both tasks, noise included: otherwise their
+cosines would be those of sampling noise as soon as they are learned.
 """
 
 import torch
@@ -19,9 +20,9 @@ TASKS = ("plus", "minus")
 
 PRESETS = {
     "default": Preset(
-        epochs=8,
+        epochs=16,
         batch_size=32,
-        lr=0.1,
+        lr=0.02,
         probe_epochs=2,
         severity=-0.1,
         k=2,
@@ -32,7 +33,7 @@ PRESETS = {
 
 
 class Blocks(nn.Module):
-    """Six linear layers side by side, each on its own block of the input; one bias per task."""
+    """Six linear layers side by side, each on its own block of the input; per task, a bias for each of them."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -40,21 +41,21 @@ class Blocks(nn.Module):
         self.heads = nn.ModuleDict({task: Bias() for task in TASKS})
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
-        """Map [N, layers * block] to {task: [N]}."""
+        """Map [N, layers * block] to {task: [N, layers]}."""
         parts = [block(part) for block, part in zip(self.blocks, x.split(BLOCK, dim=1), strict=True)]
-        total = torch.cat(parts, dim=1).sum(1)
-        return {task: head(total) for task, head in self.heads.items()}
+        together = torch.cat(parts, dim=1)
+        return {task: head(together) for task, head in self.heads.items()}
 
 
 class Bias(nn.Module):
-    """Adds one number."""
+    """Adds a number to each column."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.bias = nn.Parameter(torch.zeros(1))
+        self.bias = nn.Parameter(torch.zeros(LAYERS))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map [N] to [N]."""
+        """Map [N, layers] to [N, layers]."""
         return x + self.bias
 
 
@@ -73,8 +74,8 @@ class PlantedData(torch.utils.data.Dataset[tuple[Tensor, dict[str, Tensor]]]):
         parts = (self.inputs.view(n, LAYERS, BLOCK) * wanted).sum(2)
         signs = torch.ones(LAYERS)
         signs[list(FIGHTING)] = -1
-        noise = 0.1 * torch.randn(n, len(TASKS), generator=draw)
-        self.targets = {"plus": parts.sum(1) + noise[:, 0], "minus": (parts * signs).sum(1) + noise[:, 1]}
+        noise = 0.1 * torch.randn(n, LAYERS, generator=draw)
+        self.targets = {"plus": parts + noise, "minus": parts * signs + noise}
         self.fingerprint = f"planted-{n}-{seed}"
 
     def __len__(self) -> int:
@@ -84,13 +85,13 @@ class PlantedData(torch.utils.data.Dataset[tuple[Tensor, dict[str, Tensor]]]):
         return self.inputs[index], {t: y[index] for t, y in self.targets.items()}
 
     def batch(self, indices: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Samples at `indices` [n] at once: inputs [n, layers * block] and targets [n]."""
+        """Samples at `indices` [n] at once: inputs [n, layers * block] and targets [n, layers]."""
         return self.inputs[indices], {t: y[indices] for t, y in self.targets.items()}
 
 
 def squared_error(output: Tensor, target: Tensor) -> Tensor:
-    """Squared error per sample, [N]."""
-    return (output - target) ** 2
+    """Squared error per sample, summed over the layers' numbers, [N]."""
+    return ((output - target) ** 2).sum(1)
 
 
 def mean_squared_error(output: Tensor, target: Tensor) -> Tensor:
@@ -107,6 +108,6 @@ def make() -> Problem:
         tasks=[Task(t, loss=mean_squared_error, metrics=metrics) for t in TASKS],
         train=PlantedData(512, seed=1),
         test=PlantedData(256, seed=2),
-        recipe=Recipe(epochs=preset.epochs, batch_size=preset.batch_size, lr=preset.lr, milestones=(4, 6)),
+        recipe=Recipe(epochs=preset.epochs, batch_size=preset.batch_size, lr=preset.lr, milestones=(8, 12)),
         name="planted",
     )

@@ -1,0 +1,135 @@
+"""From samples to batches: fetch and stack, with targets that may be missing; run a model on them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import default_collate
+
+from reconmtl.errors import ProblemError
+
+Targets = dict[str, tuple[Any, Tensor | None]]
+"""Per task: the targets that are present, and the positions [n] of their samples in the batch (None: all of them)."""
+
+
+class Data(Protocol):
+    """A map-style data set; items are `(input, {task: target})`, a missing target is an absent key or None."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Any: ...  # noqa: ANN401 inputs are whatever the user's model takes
+
+
+@runtime_checkable
+class BatchData(Protocol):
+    """A data set that can also hand out a whole batch at once, which is faster than stacking items."""
+
+    def batch(self, indices: Tensor, /) -> tuple[Any, Mapping[str, Tensor]]:
+        """Return inputs and, per task, targets of the samples at `indices` [n]."""
+
+
+def fetch(
+    data: Data,
+    indices: Tensor,
+    tasks: Sequence[str],
+    collate: Callable[[list[Any]], tuple[Any, Mapping[str, Any]]] | None = None,
+) -> tuple[Any, Targets]:
+    """Make a batch of the samples at `indices` [n].
+
+    Args:
+        data: The samples; one with a method `batch` is asked for all of them at once.
+        indices: Positions, [n].
+        tasks: Whose targets are wanted.
+        collate: Makes a batch of a list of items; None stacks them, of each task the targets that are there.
+
+    Returns:
+        The inputs, and per task with any target: the targets, and their positions in the batch (None: all).
+
+    Raises:
+        ProblemError: If the items are not `(input, {task: target})`, or cannot be stacked.
+    """
+    if collate is not None:
+        inputs, targets = _complete(collate([data[int(i)] for i in indices]), "`collate`")
+    elif isinstance(data, BatchData) and callable(data.batch):
+        inputs, targets = _complete(data.batch(indices), f"{type(data).__name__}.batch")
+    else:
+        inputs, targets = _collate([data[int(i)] for i in indices], tasks)
+    return inputs, {t: targets[t] for t in tasks if t in targets}
+
+
+def move(value: Any, device: torch.device) -> Any:  # noqa: ANN401 nested containers of tensors
+    """Put what can be moved (tensors, and whatever else has `.to`) on a device; containers keep their structure."""
+    return _map(lambda leaf: leaf.to(device) if hasattr(leaf, "to") else leaf, value)
+
+
+def check_outputs(outputs: Any, tasks: Iterable[str]) -> None:  # noqa: ANN401 whatever the model returns
+    """Raise a ProblemError unless a model returned an output for each of these tasks."""
+    missing = [n for n in tasks if not isinstance(outputs, Mapping) or n not in outputs]
+    if missing:
+        have = list(outputs) if isinstance(outputs, Mapping) else type(outputs).__name__
+        raise ProblemError(f"The model should return {{task: output}}; no output for {missing}, found {have}.")
+
+
+def select(output: Any, at: Tensor | None) -> Any:  # noqa: ANN401 whatever the model returns
+    """The rows of an output (tensor, or containers of tensors) that have a target."""
+
+    def rows(leaf: Any) -> Any:  # noqa: ANN401
+        if not isinstance(leaf, Tensor):
+            raise ProblemError(
+                f"Some targets are missing, but rows cannot be taken from an output that holds {type(leaf).__name__}; "
+                "return tensors, or containers of tensors."
+            )
+        return leaf[at]
+
+    return output if at is None else _map(rows, output)
+
+
+def call(model: nn.Module, inputs: Any) -> Any:  # noqa: ANN401 whatever the model takes and returns
+    """Run `model(x)` for a tensor, `model(*x)` for a tuple or list, `model(**x)` for a mapping."""
+    if isinstance(inputs, Mapping):
+        return model(**inputs)
+    if isinstance(inputs, (tuple, list)):
+        return model(*inputs)
+    return model(inputs)
+
+
+def _complete(batch: Any, source: str) -> tuple[Any, Targets]:  # noqa: ANN401 of the user
+    if not isinstance(batch, (tuple, list)) or len(batch) != 2 or not isinstance(batch[1], Mapping):
+        raise ProblemError(f"{source} should return (inputs, {{task: targets}}), returned {type(batch).__name__}.")
+    return batch[0], {task: (values, None) for task, values in batch[1].items() if values is not None}
+
+
+def _collate(items: list[Any], tasks: Sequence[str]) -> tuple[Any, Targets]:
+    for item in items:
+        if not isinstance(item, (tuple, list)) or len(item) != 2 or not isinstance(item[1], Mapping):
+            raise ProblemError(
+                f"Items of a data set should be (input, {{task: target}}), found {type(item).__name__}; "
+                "change the data set, or pass `collate=`."
+            )
+    inputs = _stack([item[0] for item in items], "inputs")
+    targets: Targets = {}
+    for task in tasks:
+        present = [i for i, item in enumerate(items) if item[1].get(task) is not None]
+        if present:
+            values = _stack([items[i][1][task] for i in present], f"targets of task {task!r}")
+            targets[task] = (values, None if len(present) == len(items) else torch.tensor(present))
+    return inputs, targets
+
+
+def _stack(values: list[Any], what: str) -> Any:  # noqa: ANN401 nested containers of tensors
+    try:
+        return default_collate(values)
+    except (RuntimeError, TypeError) as error:
+        raise ProblemError(f"The {what} of a batch cannot be stacked ({error}); pass `collate=`.") from error
+
+
+def _map(function: Callable[[Any], Any], value: Any) -> Any:  # noqa: ANN401 nested containers of tensors
+    if isinstance(value, Mapping) and not hasattr(value, "to"):
+        return {k: _map(function, v) for k, v in value.items()}
+    if isinstance(value, (tuple, list)) and not hasattr(value, "to"):
+        make = getattr(value, "_make", type(value))  # named tuples keep their names
+        return make(_map(function, v) for v in value)
+    return function(value)
