@@ -170,8 +170,9 @@ def run_study(settings: Settings) -> Study:
         if not (folder / "log" / "log.json").exists():
             futures.append(pool.submit(_work, job("probe", "probe", decided.seeds[0], None)))
         # Single-task training needs no plan, so it fills the other cores while the probe runs.
-        early = [s for s in decided.seeds if "single" in decided.methods and unfinished("single", s)]
-        waiting = [pool.submit(_work, job("fit", "single", s, None)) for s in early] if jobs > 1 else []
+        todo = [(s, m) for s in decided.seeds for m in decided.methods if unfinished(m, s)]
+        early = [(s, m) for s, m in todo if m == "single"]
+        waiting = [pool.submit(_work, job("fit", m, s, None)) for s, m in early]
         for future in futures:
             future.result()
         log = ConflictLog.load(folder / "log")
@@ -179,11 +180,8 @@ def run_study(settings: Settings) -> Study:
         by_seed = {s: _plans(decided, log, s) for s in decided.seeds}
         plan = by_seed[decided.seeds[0]].get("recon") or ranking.top(decided.k or max(1, len(log.layers) // 2))
         plan.save(folder / "plan.json")
-        order = sorted(decided.methods, key=lambda m: m == "joint")  # the shortest training last
-        for seed in decided.seeds:
-            for method in order:
-                if unfinished(method, seed) and not (waiting and method == "single"):
-                    waiting.append(pool.submit(_work, job("fit", method, seed, by_seed[seed][method])))
+        late = sorted((t for t in todo if t not in early), key=lambda t: t[1] == "joint")  # the shortest trainings last
+        waiting += [pool.submit(_work, job("fit", m, s, by_seed[s][m])) for s, m in late]
         for future in waiting:
             future.result()
     return _conclude(folder, decided, ranking, plan)

@@ -104,8 +104,7 @@ def _train(
     with seeded(seed), bar(epochs * steps, description) as progress:
         model = problem.model()
         if plan is not None:
-            inputs, _ = problem.batch(problem.train, torch.arange(min(2, len(problem.train))), torch.device("cpu"))
-            model = split(model, plan, norm_stats=norm_stats, sample=inputs)
+            model = split(model, plan, norm_stats=norm_stats, sample=_sample(problem))
         model = fabric.to_device(model)
         torch.manual_seed(seed)  # drawing the weights of one network more or less must not move dropout
         optimizer = recipe.make_optimizer(model)
@@ -153,6 +152,11 @@ def _train(
     # Single-task networks are often joint ones: what their only task never reaches has no gradient and does not count.
     counted = reached if len(problem.tasks) == 1 else model.parameters()
     return _Trained(model, None if probe is None else probe.log, sum(p.numel() for p in counted))
+
+
+def _sample(problem: Problem) -> Any:  # noqa: ANN401 whatever the model takes
+    """Inputs of two samples (one would be too few for batch statistics), from which a split learns who owns what."""
+    return problem.batch(problem.train, torch.arange(min(2, len(problem.train))), torch.device("cpu"))[0]
 
 
 def _overridden(problem: Problem, overrides: Mapping[str, Any]) -> Problem:
@@ -377,8 +381,7 @@ def open_run(path: str | Path, problem: Problem) -> Run:
         else:
             model = problem.model()
             if run.plan is not None:
-                inputs, _ = problem.batch(problem.train, torch.arange(1), torch.device("cpu"))
-                model = split(model, run.plan, norm_stats=run.config["norm_stats"], sample=inputs)
+                model = split(model, run.plan, norm_stats=run.config["norm_stats"], sample=_sample(problem))
         state = load_checkpoint(run.path / "last.ckpt")
         missing, unexpected = model.load_state_dict(state, strict=False)
         wrong = [n for n in [*missing, *unexpected] if not n.endswith("_extra_state")]
