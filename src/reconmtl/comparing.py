@@ -25,22 +25,27 @@ def delta_m(metrics: Values, baseline: Values, directions: Mapping[str, Mapping[
         Mean over each task's metrics, then over tasks.
 
     Raises:
-        RunError: If a baseline value is zero, which no improvement can be relative to.
+        RunError: If the three do not name the same tasks and metrics, there is no metric at all, or a baseline value is
+            zero, which no improvement can be relative to.
 
     Reference: Maninis et al., CVPR 2019; Shi et al., Recon, ICLR 2023, Section 5.1.
     """
+    named = {what: {(t, m) for t in of for m in of[t]} for what, of in (("metrics", metrics), ("baseline", baseline))}
+    wanted = {(t, m) for t in directions for m in directions[t]}
+    faults = [
+        f"{what} {'lack' if pair in wanted else 'have an unknown'} {' '.join(pair)}"
+        for what, found in named.items()
+        for pair in sorted(found ^ wanted)
+    ]
+    faults += [f"the baseline's {t} {m} is 0" for t, m in sorted(wanted & named["baseline"]) if baseline[t][m] == 0]
+    if faults or not wanted:
+        raise RunError(f"delta-m is not defined: {'; '.join(faults) or 'no task has a metric'}.")
     tasks = []
-    for task, named in metrics.items():
-        if not named:
-            continue
-        values = []
-        for name, value in named.items():
-            base = baseline[task][name]
-            if base == 0:
-                raise RunError(f"delta-m is not defined: the baseline's {task} {name} is 0.")
-            sign = 1 if directions[task][name] == "max" else -1
-            values.append(sign * (value - base) / abs(base) * 100)
-        tasks.append(fmean(values))
+    for task, best in directions.items():
+        signs = {m: 1 if b == "max" else -1 for m, b in best.items()}
+        base = baseline[task]
+        if signs:
+            tasks.append(fmean([s * (metrics[task][m] - base[m]) / abs(base[m]) * 100 for m, s in signs.items()]))
     return fmean(tasks)
 
 
@@ -117,7 +122,8 @@ class Comparison:
         def plain(spread: Spread | None) -> dict[str, float | int | None] | None:
             if spread is None:
                 return None
-            return {"mean": spread.mean, "sd": None if math.isnan(spread.sd) else spread.sd, "n": spread.n}
+            mean, sd = (value if math.isfinite(value) else None for value in (spread.mean, spread.sd))
+            return {"mean": mean, "sd": sd, "n": spread.n}
 
         return {
             "format": "reconmtl.comparison/1",
@@ -142,7 +148,8 @@ class Comparison:
 
 
 def grid(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Align a table as Markdown that also reads well in a terminal: text left, numbers right."""
+    """Align a table as Markdown that also reads well in a terminal: the first column left, the others right."""
+    header, *rows = [[cell.replace("|", "\\|") for cell in line] for line in (header, *rows)]
     widths = [max(len(r[i]) for r in [header, *rows]) for i in range(len(header))]
 
     def line(cells: Sequence[str]) -> str:
@@ -162,34 +169,42 @@ def compare(runs: Sequence[Run], *, baseline: str | None = None, threshold: floa
         threshold: Gradient pairs over the whole shared vector count as conflicting below this cosine.
 
     Returns:
-        A row per label, in the order of first appearance.
+        A row per label, in the order of first appearance; delta-m is NaN where a value of the baseline is 0.
 
     Raises:
-        RunError: If there is no run, data or metrics differ between runs, or the baseline does not exist.
+        RunError: If there is no run, data or metrics differ between runs, one label has several recipes or runs of the
+            same seed, or the baseline does not exist.
     """
     if not runs:
         raise RunError("There is no run to compare.")
     first = runs[0]
-    odd = [r for r in runs if (r.fingerprint, r.directions) != (first.fingerprint, first.directions)]
+    odd = [r for r in runs if _judged(r) != _judged(first)]
     if odd:
-        names = ", ".join(f"{r.label!r} (seed {r.seed}, data {r.fingerprint})" for r in odd)
-        raise RunError(f"Data or metrics differ from those of {first.label!r} (data {first.fingerprint}): {names}.")
+        names = ", ".join(f"{r.label!r} ({_seen(r)})" for r in odd)
+        raise RunError(f"Data or metrics differ from those of {first.label!r} ({_seen(first)}): {names}.")
     groups: dict[str, list[Run]] = {}
     for run in runs:
         groups.setdefault(run.label, []).append(run)
+    faults = []
     for label, group in groups.items():
-        doubled = {r.seed for r in group if sum(r.seed == o.seed for o in group) > 1}
+        seeds = [r.seed for r in group]
+        doubled = sorted({seed for seed in seeds if seeds.count(seed) > 1})
         if doubled:
-            raise RunError(f"{label!r} has several runs with seed {min(doubled)}; they would count twice.")
+            faults.append(f"{label!r} has several runs with the seeds {doubled}; they would count twice")
+        if any(r.config.get("recipe") != group[0].config.get("recipe") for r in group):
+            faults.append(f"runs with different recipes are labelled {label!r}; give them labels of their own")
+    if faults:
+        raise RunError("These runs cannot be compared: " + "; ".join(faults) + ".")
     if baseline is None:
         baseline = next((r.label for r in runs if r.method == "single"), None)
     elif baseline not in groups:
         raise RunError(f"There is no run labelled {baseline!r}. {nearest(baseline, groups)}")
     keys = [(t, m) for t, named in first.directions.items() for m in named]
     base: Values | None = None
-    if baseline is not None:
+    if baseline is not None and keys:
         of = groups[baseline]
         base = {t: {m: fmean([r.metrics[t][m] for r in of]) for m in named} for t, named in first.directions.items()}
+    undefined = base is not None and any(value == 0 for named in base.values() for value in named.values())
     rows = []
     for label, group in groups.items():
         shares = [_share(r.log, threshold) for r in group if r.log is not None]
@@ -198,14 +213,28 @@ def compare(runs: Sequence[Run], *, baseline: str | None = None, threshold: floa
                 label=label,
                 seeds=tuple(r.seed for r in group),
                 metrics={(t, m): Spread.of([r.metrics[t][m] for r in group]) for t, m in keys},
-                delta_m=None if base is None else Spread.of([delta_m(r.metrics, base, r.directions) for r in group]),
-                megabytes=group[0].megabytes,
+                delta_m=None
+                if base is None
+                else Spread.of([math.nan if undefined else delta_m(r.metrics, base, r.directions) for r in group]),
+                megabytes=fmean([r.megabytes for r in group]),  # random layers differ between seeds
                 seconds=fmean([r.seconds for r in group]),
                 conflict_share=Spread.of(shares) if shares else None,
                 runs=tuple(group),
             )
         )
     return Comparison(tuple(rows), first.directions, baseline, threshold)
+
+
+def _judged(run: Run) -> tuple[object, ...]:
+    """What has to agree before numbers may stand side by side: data, metrics, and how much data was looked at."""
+    machine = run.config.get("machine")
+    return run.fingerprint, run.directions, machine.get("max_batches") if isinstance(machine, dict) else None
+
+
+def _seen(run: Run) -> str:
+    batches = _judged(run)[2]
+    metrics = ", ".join(f"{t} {m}" for t, named in run.directions.items() for m in named)
+    return f"seed {run.seed}, data {run.fingerprint}{f', {batches} batches' if batches else ''}, metrics {metrics}"
 
 
 def _share(log: ConflictLog, threshold: float) -> float:

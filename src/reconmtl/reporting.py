@@ -12,11 +12,11 @@ from reconmtl.plan import Plan
 
 
 def layers_table(ranking: Ranking, plan: Plan) -> str:
-    """List the chosen layers, most conflicts first: rank, name, type, parameters, conflicts, and how often that is."""
+    """List the chosen layers, most conflicts first: name, rank, type, parameters, conflicts, and how often that is."""
     rows = [
         [
-            f"{i}",
             name,
+            f"{i}",
             ranking.types[name],
             f"{ranking.sizes[name]:,}",
             f"{score}",
@@ -25,8 +25,7 @@ def layers_table(ranking: Ranking, plan: Plan) -> str:
         for i, (name, score) in enumerate(zip(ranking.layers, ranking.scores, strict=True), start=1)
         if name in plan.layers
     ]
-    header = ["rank", "layer", "type", "parameters", "conflicts", "% of pairs"]
-    return grid([header[1], header[0], *header[2:]], [[r[1], r[0], *r[2:]] for r in rows])
+    return grid(["layer", "rank", "type", "parameters", "conflicts", "% of pairs"], rows)
 
 
 def conflicts_table(
@@ -55,7 +54,7 @@ def conflicts_table(
         for i in range(len(edges) + 1)
     ]
     base = shares.get(reference)
-    if base is not None:
+    if base is not None and len(edges) > 1:
         tail = float(base[2:].sum())
         body.append(
             [
@@ -81,15 +80,11 @@ def summary(comparison: Comparison, ranking: Ranking, plan: Plan, facts: Sequenc
     parts = [str(comparison), "\n".join(facts)]
     conflicts = conflicts_table(comparison.rows)
     if conflicts is not None:
-        steps = {
-            r.label: max(run.log.steps for run in r.runs if run.log)
-            for r in comparison.rows
-            if any(run.log for run in r.runs)
-        }
-        counted = ", ".join(f"{label} {n}" for label, n in steps.items())
-        parts += [f"{conflicts}\n\nMeasured steps per seed: {counted}."]
-    noisy = (
+        steps = {r.label: [run.log.steps for run in r.runs if run.log is not None] for r in comparison.rows}
+        counted = ", ".join(f"{label} {max(n)}" for label, n in steps.items() if n)
+        parts.append(f"{conflicts}\n\nMeasured steps per seed: {counted}.")
+    parts.append(
         f"Layers chosen by the probe (S = {ranking.severity:g}, {ranking.possible} measured gradient pairs per layer):"
     )
-    parts += [noisy, layers_table(ranking, plan)]
+    parts.append(layers_table(ranking, plan))
     return "\n\n".join(parts)

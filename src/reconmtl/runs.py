@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import shutil
@@ -77,10 +78,10 @@ class Run:
         """The trained network: `model(x)` returns {task: output}, also for single-task runs.
 
         Raises:
-            RunError: If the run was loaded without its problem, or has no checkpoint.
+            RunError: If the run was loaded without its problem, or its checkpoint is missing or damaged.
         """
         if self.build is None:
-            raise RunError("This run does not know its problem: load it with `rm.Run.load(path, problem=problem)`.")
+            raise RunError("This run does not know its problem: open it with `reconmtl.train.open_run(path, problem)`.")
         return self.build(self)
 
     def to_dict(self) -> dict[str, object]:
@@ -90,7 +91,10 @@ class Run:
             "method": self.method,
             "label": self.label,
             "seed": self.seed,
-            "metrics": self.metrics,
+            # JSON has no NaN and no infinity; a metric may be undefined, and a training must not be lost over it.
+            "metrics": {
+                t: {m: v if math.isfinite(v) else str(v) for m, v in named.items()} for t, named in self.metrics.items()
+            },
             "directions": self.directions,
             "parameters": self.parameters,
             "megabytes": self.megabytes,
@@ -104,7 +108,7 @@ class Run:
         """Read a finished run from its folder.
 
         Raises:
-            RunError: If the folder is no finished run, or a file is damaged; file and field are named.
+            ReconError: If the folder is no finished run, or a file is damaged; file and field are named.
         """
         folder = Path(path)
         source = folder / "result.json"
@@ -125,14 +129,21 @@ class Run:
         wrong = [n for n, kind in kinds.items() if not isinstance(data.get(n), kind)]
         if wrong:
             raise RunError(f"{source}: missing or wrong fields: {', '.join(wrong)}.")
-        for name, good in (("metrics", (int, float)), ("directions", str)):
-            if not all(
-                isinstance(of, dict) and all(isinstance(v, good) for v in of.values()) for of in data[name].values()
-            ):
-                raise RunError(f"{source}: field {name!r} should map a task to its metrics.")
+        try:
+            metrics = {t: {m: float(v) for m, v in named.items()} for t, named in data["metrics"].items()}
+            directions = {t: dict(named) for t, named in data["directions"].items()}
+        except (AttributeError, TypeError, ValueError):
+            raise RunError(f"{source}: fields 'metrics' and 'directions' should map a task to its metrics.") from None
+        if any(best not in ("max", "min") for named in directions.values() for best in named.values()):
+            raise RunError(f"{source}: field 'directions' should hold 'max' or 'min'.")
+        if {t: set(named) for t, named in metrics.items()} != {t: set(named) for t, named in directions.items()}:
+            raise RunError(f"{source}: fields 'metrics' and 'directions' should name the same tasks and metrics.")
+        config = read_json(folder / "config.json", RunError)
+        if not isinstance(config, dict):
+            raise RunError(f"{folder / 'config.json'}: expected an object, found {type(config).__name__}.")
         return cls(
-            **{n: data[n] for n in kinds},
-            config=read_json(folder / "config.json", RunError),
+            **{n: data[n] for n in kinds} | {"metrics": metrics, "directions": directions},
+            config=config,
             plan=Plan.load(folder / "plan.json") if (folder / "plan.json").exists() else None,
             log=ConflictLog.load(folder / "log") if (folder / "log").exists() else None,
             path=folder,
@@ -140,36 +151,49 @@ class Run:
 
 
 def new_folder(path: str | Path, *, resume: bool = False, overwrite: bool = False) -> Path:
-    """Make a folder for results, or say why not; written to before any long work begins.
+    """Make a folder for results, or say why not.
 
     Args:
         path: The folder.
-        resume: Accept an existing one as it is.
-        overwrite: Empty an existing one, if it looks like one of ours.
+        resume: Accept an existing one of ours as it is.
+        overwrite: Empty an existing one of ours.
 
     Raises:
-        RunError: If it exists and neither was asked for, or it cannot be written to.
+        RunError: If it holds anything and neither was asked for, or anything that is not ours; or it cannot be made.
     """
     folder = Path(path)
     if resume and overwrite:
         raise RunError("--resume keeps what is there and --overwrite deletes it: give one of them.")
-    if folder.exists() and not folder.is_dir():
-        raise RunError(f"{folder} is a file; give a folder for the results.")
-    if folder.exists() and any(folder.iterdir()):
-        if overwrite:
-            if not (folder / "config.json").exists():
-                raise RunError(f"{folder} does not look like results of reconmtl (no config.json): delete it yourself.")
-            shutil.rmtree(folder)
-        elif not resume:
-            raise RunError(
-                f"The output folder {folder} exists already. Continue it with --resume, replace it with --overwrite, "
-                "or choose another one with --out."
-            )
     try:
+        if folder.exists() and not folder.is_dir():
+            raise RunError(f"{folder} is a file; give a folder for the results.")
+        if folder.exists() and any(folder.iterdir()):
+            # A folder that is resumed becomes one of ours, to be overwritten some day: the same rule for both.
+            if not _is_ours(folder):
+                raise RunError(
+                    f"The output folder {folder} exists already and does not hold results of reconmtl: its files are "
+                    "left alone. Choose another one with --out, or empty it yourself."
+                )
+            if overwrite:
+                shutil.rmtree(folder)
+            elif not resume:
+                raise RunError(
+                    f"The output folder {folder} exists already. Continue it with --resume, replace it with "
+                    "--overwrite, or choose another one with --out."
+                )
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise RunError(f"Cannot make the folder {folder}: {error.strerror}. Choose another one.") from None
+        raise RunError(f"Cannot make the folder {folder}: {error.strerror or error}. Choose another one.") from None
     return folder
+
+
+def _is_ours(folder: Path) -> bool:
+    """Whether a folder holds a study or a run; other tools write a `config.json` too, but not with these fields."""
+    try:
+        config = read_json(folder / "config.json", RunError)
+    except RunError:
+        return False
+    return isinstance(config, dict) and {"problem", "norm_stats"} <= config.keys()
 
 
 def environment() -> dict[str, object]:
@@ -183,7 +207,9 @@ def environment() -> dict[str, object]:
     git = None
     if shutil.which("git"):
         here = Path(__file__).parent
-        done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=False)
+        # The last change of this folder: nothing where the package is installed inside somebody else's repository.
+        command = ["git", "log", "-1", "--format=%H", "--", "."]
+        done = subprocess.run(command, cwd=here, capture_output=True, text=True, check=False)
         git = done.stdout.strip() or None
     return {
         "packages": packages,

@@ -1,0 +1,222 @@
+"""Delta-m against the paper's own tables; what may stand side by side and what may not."""
+
+import json
+import math
+from statistics import mean, stdev
+from typing import Any, Literal
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from reconmtl.comparing import Spread, compare, delta_m, grid
+from reconmtl.conflicts import ConflictLog
+from reconmtl.errors import RunError
+from reconmtl.runs import Run, Values
+
+BEST: dict[str, dict[str, Literal["max", "min"]]] = {"digit": {"acc": "max"}, "depth": {"abs": "min", "rel": "min"}}
+
+
+def run(label: str = "joint", seed: int = 0, **changes: Any) -> Run:
+    values: dict[str, Any] = {
+        "method": label,
+        "metrics": {"digit": {"acc": 80.0 + seed}, "depth": {"abs": 0.5, "rel": 0.2}},
+        "directions": BEST,
+        "parameters": 2**20,
+        "seconds": 10.0,
+        "fingerprint": "data",
+        "network": "Net",
+        "config": {"recipe": {"lr": 0.1}, "machine": {"max_batches": None}},
+    }
+    return Run(label=label, seed=seed, **{**values, **changes})
+
+
+def log_of(cosines: list[float]) -> ConflictLog:
+    """A log of one layer and two tasks whose gradients have norm 1 and 2."""
+    grams = torch.tensor([[[1.0, 2 * c, 4.0]] for c in cosines], dtype=torch.float64)
+    return ConflictLog(grams, tasks=["digit", "depth"], layers=["fc"], sizes={"fc": 3}, types={"fc": "Linear"})
+
+
+# Delta-m. -------------------------------------------------------------------------------------------------------------
+
+# Table 1 of the paper: Multi-Fashion+MNIST, (digit accuracy, garment accuracy, delta-m) as printed.
+TABLE_1 = {
+    "RotoGrad": (98.10, 88.25, -0.91),
+    "BMTAS": (98.20, 89.71, -0.04),
+    "Joint-train": (97.42, 88.82, -0.94),
+    "Joint-train w/ Recon": (98.13, 89.26, -0.33),
+    "MGDA": (95.19, 89.46, -1.71),
+    "MGDA w/ Recon": (98.33, 89.28, -0.22),
+    "PCGrad": (97.37, 88.68, -1.04),
+    "PCGrad w/ Recon": (98.30, 89.77, 0.04),
+    "GradDrop": (97.38, 88.57, -1.10),
+    "GradDrop w/ Recon": (98.25, 89.51, -0.13),
+    "CAGrad": (97.47, 88.85, -0.90),
+    "CAGrad w/ Recon": (98.28, 89.65, -0.04),
+    "MMoE": (98.27, 89.51, -0.12),
+    "MMoE w/ Recon": (98.25, 89.67, -0.04),
+}
+
+
+@pytest.mark.parametrize("method", TABLE_1)
+def test_delta_m_is_that_of_the_papers_table_1(method: str) -> None:
+    t1, t2, printed = TABLE_1[method]
+    best = {"digit": {"acc": "max"}, "fashion": {"acc": "max"}}
+    found = delta_m(
+        {"digit": {"acc": t1}, "fashion": {"acc": t2}}, {"digit": {"acc": 98.37}, "fashion": {"acc": 89.63}}, best
+    )
+    # Every printed number is rounded to 0.01: the accuracies move delta-m by 0.011, delta-m itself by 0.005.
+    assert abs(found - printed) < 0.016
+
+
+def test_lower_is_better_where_it_is_and_tasks_count_alike() -> None:
+    base: Values = {"digit": {"acc": 80.0}, "depth": {"abs": 0.5, "rel": -2.0}}
+    better: Values = {"digit": {"acc": 84.0}, "depth": {"abs": 0.4, "rel": -2.2}}
+    # digit +5 %; depth (+20 % + 10 %) / 2 = 15 %; both: 10 %, where a mean over metrics would be 11.67 %.
+    assert delta_m(better, base, BEST) == pytest.approx(10)
+    assert delta_m(base, base, BEST) == 0
+    worse: Values = {"digit": {"acc": 76.0}, "depth": {"abs": 0.6, "rel": -1.8}}
+    assert delta_m(worse, base, BEST) == pytest.approx(-10)
+
+
+def test_a_task_without_metrics_does_not_count() -> None:
+    best = {"a": {"m": "max"}, "b": {}}
+    assert delta_m({"a": {"m": 2.0}, "b": {}}, {"a": {"m": 1.0}, "b": {}}, best) == pytest.approx(100)
+
+
+def test_everything_that_makes_delta_m_undefined_is_named() -> None:
+    with pytest.raises(RunError) as caught:
+        delta_m({"a": {"m": 1.0}, "b": {"m": 1.0}}, {"a": {"m": 0.0, "x": 1.0}}, {"a": {"m": "max", "n": "min"}})
+    message = str(caught.value)
+    for fault in (
+        "metrics lack a n",
+        "metrics have an unknown b m",
+        "baseline lack a n",
+        "baseline have an unknown a x",
+        "the baseline's a m is 0",
+    ):
+        assert fault in message
+    with pytest.raises(RunError, match="no task has a metric"):
+        delta_m({}, {}, {})
+
+
+# Rows. ----------------------------------------------------------------------------------------------------------------
+
+
+@given(st.lists(st.floats(-100, 100), min_size=1, max_size=5))
+def test_seeds_become_mean_and_sample_deviation(values: list[float]) -> None:
+    runs = [run("single", 9)]
+    runs += [
+        run(seed=s, metrics={"digit": {"acc": v}, "depth": {"abs": 1.0, "rel": 1.0}}) for s, v in enumerate(values)
+    ]
+    row = compare(runs).rows[1]
+    found = row.metrics["digit", "acc"]
+    assert row.seeds == tuple(range(len(values))) and found.n == len(values)
+    assert found.mean == pytest.approx(mean(values))
+    assert found.sd == pytest.approx(stdev(values)) if len(values) > 1 else math.isnan(found.sd)
+    expected = mean(delta_m(r.metrics, runs[0].metrics, BEST) for r in runs[1:])
+    assert row.delta_m is not None and row.delta_m.mean == pytest.approx(expected)
+
+
+def test_delta_m_is_relative_to_the_mean_of_the_baselines_seeds() -> None:
+    comparison = compare([run("joint", 0), run("single", 0), run("joint", 1), run("single", 3)])
+    assert [r.label for r in comparison.rows] == ["joint", "single"] and comparison.baseline == "single"
+    joint, single = (r.delta_m for r in comparison.rows)
+    base = 81.5
+    assert joint is not None and joint.mean == pytest.approx(mean([80 / base - 1, 81 / base - 1]) * 50)
+    assert joint.sd == pytest.approx(stdev([80 / base, 81 / base]) * 50)
+    assert single is not None and single.mean == pytest.approx(0)
+    other = compare([run("joint"), run("recon")], baseline="recon")
+    assert other.rows[0].delta_m == Spread(0.0, other.rows[0].delta_m.sd, 1)  # type: ignore[union-attr]
+    assert compare([run("joint"), run("recon")]).rows[0].delta_m is None
+
+
+def test_the_conflict_share_is_strictly_below_the_threshold_and_over_seeds() -> None:
+    logs = {0: log_of([-0.5, -0.01, 0.3, -0.02]), 1: log_of([0.1, 0.2, 0.3, -0.02])}
+    runs = [run(seed=s, log=log) for s, log in logs.items()] + [run("recon")]
+    joint, recon = compare(runs, threshold=-0.01).rows
+    assert joint.conflict_share is not None and joint.conflict_share.mean == pytest.approx(37.5)
+    assert joint.conflict_share.sd == pytest.approx(stdev([50, 25])) and recon.conflict_share is None
+
+
+def test_sizes_and_times_are_means() -> None:
+    (row,) = compare([run(parameters=2**20, seconds=1), run(seed=1, parameters=3 * 2**20, seconds=2)]).rows
+    assert (row.megabytes, row.seconds) == (8.0, 1.5)
+
+
+def test_a_baseline_of_zero_or_no_metrics_leave_the_table_whole() -> None:
+    zero = {"digit": {"acc": 0.0}, "depth": {"abs": 1.0, "rel": 1.0}}
+    comparison = compare([run("single", metrics=zero), run()])
+    assert all(r.delta_m is not None and math.isnan(r.delta_m.mean) for r in comparison.rows)
+    assert "nan" in str(comparison)
+    assert json.loads(json.dumps(comparison.to_dict(), allow_nan=False))["rows"][1]["delta_m"]["mean"] is None
+    empty: dict[str, Any] = {"metrics": {"digit": {}}, "directions": {"digit": {}}}
+    assert compare([run("single", **empty), run(**empty)]).rows[1].delta_m is None
+
+
+# Refusals. ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"fingerprint": "other"},
+        {"directions": {**BEST, "digit": {"acc": "min"}}},
+        {"config": {"machine": {"max_batches": 2}}},  # judged on a part of the test set
+    ],
+)
+def test_runs_of_other_data_or_metrics_are_refused(changes: dict[str, Any]) -> None:
+    with pytest.raises(
+        RunError, match=r"Data or metrics differ from those of 'joint' \(seed 0, data data.*'recon' \(seed 3, data"
+    ):
+        compare([run(), run("recon", 3, **changes)])
+
+
+def test_runs_that_would_be_counted_wrongly_are_all_named() -> None:
+    runs = [run(), run(seed=1), run(seed=1), run("recon"), run("recon", 1, config={"recipe": {"lr": 0.2}})]
+    with pytest.raises(RunError) as caught:
+        compare(runs)
+    assert "'joint' has several runs with the seeds [1]; they would count twice" in str(caught.value)
+    assert "runs with different recipes are labelled 'recon'" in str(caught.value)
+    with pytest.raises(RunError, match="There is no run to compare"):
+        compare([])
+    with pytest.raises(RunError, match=r"no run labelled 'singel'\. Nearest: 'single'"):
+        compare([run("single")], baseline="singel")
+
+
+# Printing. ------------------------------------------------------------------------------------------------------------
+
+
+def test_the_table_reads_as_the_paper_prints_it() -> None:
+    def one(label: str, seed: int, **changes: Any) -> Run:
+        return run(label, seed, metrics={"depth": {"abs": 0.5 + seed}}, directions={"depth": {"abs": "min"}}, **changes)
+
+    runs = [one("single", s, seconds=12.3) for s in (0, 1)] + [one("joint", 0, log=log_of([-0.5, 0.5]))]
+    assert str(compare(runs)).split("\n") == [
+        "| method | depth abs ↓ |      Δm (%) ↑ | #P (MB) | cos < -0.01 (%) ↓ | time (s) | n |",
+        "|--------|------------:|--------------:|--------:|------------------:|---------:|--:|",
+        "| single | 1.00 ± 0.71 | +0.00 ± 70.71 |    4.00 |                   |       12 | 2 |",
+        "| joint  |        0.50 |        +50.00 |    4.00 |              50.0 |       10 | 1 |",
+    ]
+
+
+@given(st.lists(st.lists(st.text("ab|± Δ", max_size=6), min_size=3, max_size=3), max_size=4))
+def test_every_line_of_a_grid_is_as_wide_as_the_others(rows: list[list[str]]) -> None:
+    lines = grid(["x", "yy", "z|z"], rows).split("\n")
+    assert len(lines) == 2 + len(rows) and len({len(line) for line in lines}) == 1
+    for line, cells in zip(lines[2:], rows, strict=True):
+        parts = line.replace("\\|", "\0").split("|")[1:-1]
+        assert [p.strip().replace("\0", "|") for p in parts] == [c.strip() for c in cells]
+        assert parts[0].startswith(" " + cells[0].replace("|", "\0")) and parts[1].endswith(
+            cells[1].replace("|", "\0") + " "
+        )
+
+
+def test_the_comparison_is_plain_data() -> None:
+    data = json.loads(json.dumps(compare([run("single"), run(), run(seed=1)]).to_dict(), allow_nan=False))
+    assert data["format"] == "reconmtl.comparison/1" and data["baseline"] == "single"
+    single, joint = data["rows"]
+    assert joint["metrics"]["digit"]["acc"] == {"mean": 80.5, "sd": pytest.approx(0.5**0.5), "n": 2}
+    assert single["metrics"]["depth"]["rel"] == {"mean": 0.2, "sd": None, "n": 1}
+    assert joint["seeds"] == [0, 1] and joint["conflict_share"] is None and joint["megabytes"] == 4
