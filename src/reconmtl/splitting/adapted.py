@@ -11,8 +11,9 @@ from reconmtl.errors import SplitError
 from reconmtl.layers import TaskCopies
 from reconmtl.splitting.branched import Branched, SharedWriteError, collect
 from reconmtl.splitting.calls import call, prepare, run_faces, whole
+from reconmtl.splitting.faces import Face
 from reconmtl.splitting.groups import Family, Masks, MissingTaskError, complete, refine
-from reconmtl.splitting.outputs import deliver
+from reconmtl.splitting.outputs import assemble, deliver
 from reconmtl.splitting.ownership import Snapshot, module_masks, recorded_masks
 from reconmtl.splitting.storage import (
     COPIES,
@@ -21,6 +22,7 @@ from reconmtl.splitting.storage import (
     Record,
     adapted_class,
     copies,
+    forget_flat_weights,
     record,
     refine_buffers,
     set_class,
@@ -37,7 +39,8 @@ def adapt(module: nn.Module, family: Family, name: str, **fields: Value) -> Reco
     if rec is None:
         rec = Record(family, name, (tuple(module._parameters), tuple(module._buffers)), family.full)
         module.__dict__[RECORD] = rec
-        set_class(module, AdaptedRoot if "root" in fields else Adapted)
+        kinds = _RECURRENT if isinstance(module, nn.RNNBase) else (Adapted, AdaptedRoot)
+        set_class(module, kinds["root" in fields])
     for key, value in fields.items():
         setattr(rec, key, value)
     return rec
@@ -53,6 +56,9 @@ class Adapted(nn.Module):
     def __call__(self, *args: Value, **kwargs: Value) -> Value:
         """As the user's module, on values that may differ between tasks."""
         return call(self, cast(Record, self.__dict__[RECORD]), super().__call__, args, kwargs)
+
+    def _plain_call(self, *args: Value, **kwargs: Value) -> Value:
+        return super().__call__(*args, **kwargs)
 
     def __setattr__(self, name: str, value: Value) -> None:
         rec = record(self)
@@ -98,7 +104,7 @@ class AdaptedRoot(Adapted):
 
     def __call__(self, *args: Value, **kwargs: Value) -> Value:
         """As the user's model; returns {task: output}."""
-        return call_root(self, cast(Record, self.__dict__[RECORD]), super(Adapted, self).__call__, args, kwargs)
+        return call_root(self, cast(Record, self.__dict__[RECORD]), self._plain_call, args, kwargs)
 
     def get_extra_state(self) -> Value:
         """The plan, as JSON in a byte tensor, so that a checkpoint can be loaded without the plan at hand."""
@@ -109,6 +115,33 @@ class AdaptedRoot(Adapted):
 
     def set_extra_state(self, state: Value) -> None:
         """Nothing to do: `_load_from_state_dict` has compared the plans."""
+
+
+class AdaptedRecurrent(Adapted):
+    """Mixed into recurrent modules, which keep their weights a second time, in one piece of memory."""
+
+    def _init_flat_weights(self) -> None:
+        if cast(Record, record(self)).params:
+            forget_flat_weights(cast(nn.RNNBase, self))
+            self.flatten_parameters()
+        else:
+            super()._init_flat_weights()  # type: ignore[misc]
+
+    def flatten_parameters(self) -> None:
+        """Put each copy's weights into one piece of memory, as cuDNN wants them."""
+        rec = cast(Record, record(self))
+        if not rec.params:
+            super().flatten_parameters()  # type: ignore[misc]
+            return
+        for mask in rec.param_groups:
+            cast(nn.RNNBase, Face(self, mask).module).flatten_parameters()
+
+
+class AdaptedRecurrentRoot(AdaptedRecurrent, AdaptedRoot):
+    """A recurrent module that is a split model by itself."""
+
+
+_RECURRENT = (AdaptedRecurrent, AdaptedRecurrentRoot)
 
 
 def read_extra_state(state: object) -> dict[str, Any]:
@@ -219,11 +252,8 @@ def call_root(module: nn.Module, rec: Record, plain: Value, args: tuple[Value, .
         if root.mode == "loop":
             masks = rec.family.each()
             prepare(module, masks)
-            out = run_faces(module, rec, masks, args, kwargs)
-        elif rec.atomic:
-            out = whole(module, rec, plain, args, kwargs, [])
-        else:
-            out = plain(*args, **kwargs)
+            return run_faces(module, rec, masks, args, kwargs, join=lambda each: assemble(each, rec.family))
+        out = whole(module, rec, plain, args, kwargs, []) if rec.atomic else plain(*args, **kwargs)
         return deliver(out, rec.family)
 
     try:

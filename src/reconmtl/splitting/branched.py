@@ -17,8 +17,8 @@ from torch.nn import functional as F
 
 from reconmtl.errors import SplitError
 from reconmtl.splitting.functions import METADATA, getters, name_of, writes
-from reconmtl.splitting.groups import Family, Masks, MissingTaskError, refine, union
-from reconmtl.splitting.structure import Value, children, rebuild
+from reconmtl.splitting.groups import Family, Masks, MissingTaskError, locate, refine, union
+from reconmtl.splitting.structure import Value, children, holds_nothing, rebuild
 
 _C = torch._C
 WAYS_OUT = (
@@ -145,6 +145,41 @@ def pick(value: Value, mask: int) -> Value:
     return rebuild(value, [pick(v, mask) for v in members])
 
 
+def gather(args: Sequence[Value], kwargs: dict[str, Value]) -> list[Branched]:
+    """The branched values among a call's arguments."""
+    found: list[Branched] = []
+    for a in args:
+        if type(a) is Branched:
+            found.append(a)
+        elif not holds_nothing(a):
+            collect(a, found)
+    for a in kwargs.values():
+        if not holds_nothing(a):
+            collect(a, found)
+    return found
+
+
+def spread(
+    args: Sequence[Value], kwargs: dict[str, Value], masks: Masks
+) -> list[tuple[Sequence[Value], dict[str, Value]]]:
+    """The arguments of a call as each group of tasks sees them."""
+    n = len(masks)
+    rows: list[Sequence[Value]] = list(zip(*[_column(a, masks, n) for a in args], strict=True)) if args else [()] * n
+    if not kwargs:
+        return [(row, kwargs) for row in rows]
+    columns = {k: _column(a, masks, n) for k, a in kwargs.items()}
+    return [(row, {k: c[i] for k, c in columns.items()}) for i, row in enumerate(rows)]
+
+
+def _column(value: Value, masks: Masks, n: int) -> Sequence[Value]:
+    kind = type(value)
+    if kind is Branched:
+        return value.vals if value.masks == masks else [value.vals[i] for i in locate(value.masks, masks)]
+    if holds_nothing(value) or isinstance(value, Tensor):
+        return (value,) * n
+    return [pick(value, m) for m in masks]
+
+
 def meet(found: Sequence[Branched], what: str, *partitions: Masks) -> Masks:
     """The groups for which something has to be computed that takes these values."""
     first = found[0]
@@ -179,18 +214,7 @@ def check_untouched(found: Sequence[Branched]) -> None:
 
 def run(func: Callable[..., Value], args: Sequence[Value], kwargs: dict[str, Value]) -> Value:
     """Call `func` once per group of tasks and combine what comes back."""
-    found: list[Branched] = []
-    flat = not kwargs
-    for a in args:
-        if type(a) is Branched:
-            found.append(a)
-        elif not isinstance(a, (Tensor, int, float)) and a is not None:
-            flat = False
-    if not flat:
-        found = []
-        collect(args, found)
-        if kwargs:
-            collect(kwargs, found)
+    found = gather(args, kwargs)
     if torch.is_grad_enabled():
         check_untouched(found)
     first = found[0]
@@ -198,14 +222,10 @@ def run(func: Callable[..., Value], args: Sequence[Value], kwargs: dict[str, Val
     for b in found:
         if b.masks != masks:
             masks = meet(found, name_of(func))
-            flat = False
             break
     if writes(func) or (kwargs and (kwargs.get("inplace") or kwargs.get("out") is not None)):
         return _write(func, args, kwargs, found, masks)
-    if flat:
-        results = [func(*[a.vals[i] if type(a) is Branched else a for a in args]) for i in range(len(masks))]
-    else:
-        results = [func(*pick(tuple(args), m), **pick(kwargs, m)) for m in masks]
+    results = [func(*a, **k) for a, k in spread(args, kwargs, masks)]
     r = results[0]
     if isinstance(r, Tensor):
         for other in results:
@@ -301,17 +321,10 @@ def _write(
             _check_memory(name, t)
     setter = getattr(func, "__name__", "") == "__set__"
     results = []
-    for m in masks:
-        values = pick(tuple(args), m)
-        if (
-            setter
-            and len(masks) > 1
-            and len(values) > 1
-            and isinstance(values[1], Tensor)
-            and type(args[1]) is not Branched
-        ):
+    for values, keywords in spread(args, kwargs, masks):
+        if setter and len(masks) > 1 and isinstance(values[1], Tensor) and type(args[1]) is not Branched:
             values = (values[0], values[1].clone())  # or all copies would share the assigned memory
-        results.append(func(*values, **pick(kwargs, m)))
+        results.append(func(*values, **keywords))
     for t in targets:
         with _C.DisableTorchFunctionSubclass():
             if not t.requires_grad and any(v.requires_grad for v in t.vals):

@@ -10,14 +10,15 @@ from reconmtl.splitting.branched import (
     Branched,
     SharedWriteError,
     check_untouched,
-    collect,
     combine,
+    gather,
     make,
     meet,
     missing,
     pick,
+    spread,
 )
-from reconmtl.splitting.faces import Face, keep_attributes
+from reconmtl.splitting.faces import Face, keep_attributes, opened
 from reconmtl.splitting.groups import Family, Masks, complete, refine, union
 from reconmtl.splitting.storage import COPIES, Record, copies, record, refine_buffers, share_buffers
 from reconmtl.splitting.structure import Value, tensors, transform
@@ -26,18 +27,20 @@ Plain = Callable[..., Value]
 FAST_PATHS = (nn.TransformerEncoder, nn.TransformerEncoderLayer, nn.MultiheadAttention)
 """Modules whose inference kernel gives slightly other numbers than their training path; see `_fast_path`."""
 
+CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+
 
 def call(module: nn.Module, rec: Record, plain: Plain, args: Sequence[Value], kwargs: dict[str, Value]) -> Value:
     """Call a module below the root: pruned to the tasks that it can reach, whole per branch if it is atomic."""
-    found: list[Branched] = []
-    collect(args, found)
-    if kwargs:
-        collect(kwargs, found)
+    found = gather(args, kwargs)
     full = rec.family.full
     if rec.owner != full:
         return _owned(module, rec, plain, args, kwargs, found)
     if rec.atomic or _fast_path(module):
         return whole(module, rec, plain, args, kwargs, found)
+    if rec.params and isinstance(module, CONTAINERS):
+        with opened(module) as face:
+            return face(*args, **kwargs)
     return plain(*args, **kwargs)
 
 
@@ -63,8 +66,7 @@ def _owned(
         return _limit(t, owner, family)
 
     args, kwargs = transform(tuple(args), limit), transform(kwargs, limit)
-    found = []
-    collect((args, kwargs), found)
+    found = gather(args, kwargs)
     if rec.atomic or _fast_path(module):
         return _limit(whole(module, rec, plain, args, kwargs, found), owner, family)
     return _limit(plain(*args, **kwargs), owner, family)
@@ -111,21 +113,29 @@ def whole(
     return run_faces(module, rec, masks, tuple(args), kwargs)
 
 
-def run_faces(module: nn.Module, rec: Record, masks: Masks, args: tuple[Value, ...], kwargs: dict[str, Value]) -> Value:
+def run_faces(
+    module: nn.Module,
+    rec: Record,
+    masks: Masks,
+    args: tuple[Value, ...],
+    kwargs: dict[str, Value],
+    *,
+    join: Callable[[list[Value]], Value] | None = None,
+) -> Value:
     """Call one face per group and combine the results and what the calls assigned."""
     watched = watch(module, masks)
     faces: list[Face] = []
     results = []
     seen = _versions(masks, args, kwargs) if len(masks) > 1 else None
-    for m in masks:
+    for m, (own, keywords) in zip(masks, spread(args, kwargs, masks), strict=True):
         face = Face(module, m)
         faces.append(face)
-        results.append(face.module(*pick(args, m), **pick(kwargs, m)))
+        results.append(face.module(*own, **keywords))
         if seen is not None:
             _check_versions(seen, m, rec)
     keep_attributes(faces, masks, rec.family)
     unwatch(watched, module.training)
-    return combine(results, masks, rec.family, f"{rec.name}(...)")
+    return join(results) if join else combine(results, masks, rec.family, f"{rec.name}(...)")
 
 
 # Buffers that a call changes ----------------------------------------------------------------------------------------
@@ -184,8 +194,8 @@ def unwatch(watched: list[tuple[nn.Module, Masks, list[tuple[Tensor, int]]]], tr
 def _versions(masks: Masks, args: Value, kwargs: Value) -> list[tuple[Tensor, int, int]]:
     """Every input tensor, the tasks it belongs to, and how often it was written to."""
     full = union(masks)
-    out = []
-    for t in tensors((args, kwargs)):
+    out: list[tuple[Tensor, int, int]] = []
+    for t in tensors((args, kwargs)) if kwargs or len(args) != 1 or not isinstance(args[0], Tensor) else args:
         parts = zip(t.masks, t.vals, strict=True) if type(t) is Branched else ((full, t),)
         try:
             out += [(v, m, v._version) for m, v in parts]

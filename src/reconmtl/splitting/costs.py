@@ -54,6 +54,6 @@ def cost(model: nn.Module, plan: Plan | None = None, *, sample: object = None) -
         check_model(model, plan)
         planned = resolve(model, plan)
         sizes = {layer.name: layer.numel for layer in find_layers(model)}
-        total += sum(sizes[name] * (len(groups) - 1) for name, groups in planned.items())
+        total += sum(sizes.get(name, 0) * (len(groups) - 1) for name, groups in planned.items())
     del sample
     return Cost(parameters=total, megabytes=total * BYTES_PER_PARAMETER / MEGABYTE)

@@ -2,7 +2,10 @@
 
 import types
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from operator import is_
+from typing import cast
 
 from torch import nn
 
@@ -10,7 +13,18 @@ from reconmtl.errors import SplitError
 from reconmtl.layers import TaskCopies
 from reconmtl.splitting.branched import Branched, combine, pick
 from reconmtl.splitting.groups import Family, Masks, locate
-from reconmtl.splitting.storage import COPIES, MANAGED, RECORD, PerTask, Record, base_class, copies, own_tensors, record
+from reconmtl.splitting.storage import (
+    COPIES,
+    MANAGED,
+    RECORD,
+    PerTask,
+    Record,
+    base_class,
+    copies,
+    own_tensors,
+    read,
+    record,
+)
 from reconmtl.splitting.structure import Value, children
 
 
@@ -74,7 +88,7 @@ class Face:
             rec = record(original)
             if rec is not None and rec.buffers:
                 self._keep_buffers(original, rec, after["_buffers"])
-            if len(after) == len(before) and all(a is b for a, b in zip(after.values(), before.values(), strict=True)):
+            if len(after) == len(before) and all(map(is_, after.values(), before.values())):
                 continue
             new = {k: v for k, v in after.items() if k not in MANAGED and (k not in before or before[k] is not v)}
             if new:
@@ -87,6 +101,30 @@ class Face:
         for n in rec.buffers:
             if after[n] is not mine[n]:
                 mine[n] = after[n]
+
+
+@contextmanager
+def opened(module: nn.Module) -> Iterator[nn.Module]:
+    """A container as its forward expects it: branched parameters, and children that are all its own.
+
+    For modules that own split parameters and iterate over their children, among which the copies would come up.
+    """
+    rec = cast(Record, record(module))
+    d = dict(module.__dict__)
+    del d[RECORD]
+    d["_parameters"] = {n: read(module, n) if n in rec.params else d["_parameters"].get(n) for n in rec.order[0]}
+    d["_buffers"] = {n: read(module, n) if n in rec.buffers else d["_buffers"].get(n) for n in rec.order[1]}
+    d["_modules"] = {k: v for k, v in d["_modules"].items() if k != COPIES}
+    before = dict(d["_buffers"])
+    face: nn.Module = object.__new__(base_class(module))
+    face.__dict__.update(d)
+    yield face
+    for name, value in face._buffers.items():
+        if before.get(name) is not value:
+            setattr(module, name, value)
+    for key, value in face.__dict__.items():
+        if key not in MANAGED and (key not in d or d[key] is not value):
+            module.__dict__[key] = value
 
 
 def keep_attributes(faces: Sequence[Face], masks: Masks, family: Family) -> None:

@@ -35,7 +35,14 @@ class Family:
 
     def label(self, mask: int) -> str:
         """The name under which a group's copy is stored, e.g. 'depth+seg'."""
-        return group_label(self.names(mask))
+        label = self._labels.get(mask)
+        if label is None:
+            label = self._labels[mask] = group_label(self.names(mask))
+        return label
+
+    @cached_property
+    def _labels(self) -> dict[int, str]:
+        return {}
 
     def parse(self, label: str) -> int | None:
         """The mask of a label, or None if it is no label of these tasks."""

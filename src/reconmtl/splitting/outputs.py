@@ -8,7 +8,7 @@ import torch
 from reconmtl.errors import SplitError, nearest
 from reconmtl.splitting.branched import Branched, check_untouched, collect, pick
 from reconmtl.splitting.groups import Family
-from reconmtl.splitting.structure import Value, with_items
+from reconmtl.splitting.structure import Value, tensors, with_items
 
 
 def is_keyed(out: Value, tasks: Sequence[str]) -> bool:
@@ -61,6 +61,19 @@ def replace_tasks(out: Value, parts: Mapping[str, Value]) -> Value:
 def select(out: Value, task: str, tasks: Sequence[str]) -> Value:
     """One task's part of what a plain forward returned."""
     return get_task(out, task) if is_keyed(out, tasks) else out
+
+
+def assemble(results: Sequence[Value], family: Family) -> Value:
+    """What the user sees, out of what one network per task returned."""
+    tasks, first = family.tasks, results[0]
+    if not is_keyed(first, tasks):
+        return dict(zip(tasks, results, strict=True))
+    parts = {t: get_task(r, t) for t, r in zip(tasks, results, strict=True)}
+    for name in task_keys(first):
+        each = [get_task(r, name) for r in results]
+        if name not in tasks and any(True for _ in tensors(each)) and not all(e is each[0] for e in each):
+            parts[name] = dict(zip(tasks, each, strict=True))
+    return replace_tasks(first, parts)
 
 
 def deliver(out: Value, family: Family) -> Value:

@@ -101,7 +101,9 @@ def resolve(model: nn.Module, plan: Plan) -> dict[str, Partition]:
         LayerMatchError: If a name matches no layer; all such names are listed.
     """
     layers = find_layers(model)
-    names = [layer.name for layer in layers]
+    owners = {layer.name for layer in layers}
+    owners |= {n or ROOT for n, m in model.named_modules() if any(p is not None for p in m._parameters.values())}
+    names = [n or ROOT for n, _ in model.named_modules() if (n or ROOT) in owners]  # with those of tied parameters only
     aliases = {a: layer.name for layer in layers for a in layer.aliases}
     match_layers([aliases.get(p, p) for p in plan.layers], names)  # reports every fault at once
     found: dict[str, Partition] = {}

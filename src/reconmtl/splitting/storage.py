@@ -195,9 +195,15 @@ def split_parameters(module: nn.Module, groups: Masks, *, buffers: bool, memo: d
         rec.buffers = tuple(n for n, b in module._buffers.items() if b is not None)
         rec.buffer_groups = groups
         _move(module, "_buffers", rec.buffers, groups, memo)
-    if "_flat_weights" in module.__dict__:  # recurrent modules hold their weights a second time
-        module.__dict__.update(_flat_weights=[], _flat_weight_refs=[])
+    if isinstance(module, nn.RNNBase):
+        forget_flat_weights(module)
     set_class(module)
+
+
+def forget_flat_weights(module: nn.RNNBase) -> None:
+    """Recurrent modules hold their weights a second time; only faces need that."""
+    nothing = [None] * len(module._flat_weights_names)
+    module.__dict__.update(_flat_weights=nothing, _flat_weight_refs=list(nothing))
 
 
 def _move(module: nn.Module, of: str, names: Iterable[str], groups: Masks, memo: dict[tuple[int, int], Tensor]) -> None:
@@ -259,12 +265,15 @@ def refine_buffers(module: nn.Module, groups: Masks, *, values: Callable[[str, i
 def share_buffers(module: nn.Module) -> None:
     """Undo `refine_buffers` for buffers that turned out to be constant."""
     rec = cast(Record, record(module))
-    refine_buffers(module, (rec.family.full,))
-    box, label = copies(module), rec.family.label(rec.family.full)
-    for n in rec.buffers:
-        module._buffers[n] = box[label]._buffers.pop(n)
-    if not box[label]._parameters:
-        del box[label]
+    box = copies(module)
+    for i, mask in enumerate(rec.buffer_groups):
+        label = rec.family.label(mask)
+        for n in rec.buffers:
+            tensor = box[label]._buffers.pop(n)
+            if i == 0:
+                module._buffers[n] = tensor
+        if not box[label]._parameters:
+            del box[label]
     if not len(box):
         del module._modules[COPIES]
     rec.buffers, rec.buffer_groups = (), ()
@@ -284,6 +293,9 @@ def own_tensors(module: nn.Module, rec: Record, mask: int) -> tuple[dict[str, Va
             continue
         label = rec.family.label(groups[locate(groups, (mask,))[0]])
         mine = copies(module)._modules[label].__dict__[of]
+        if not shared:  # everything was moved
+            out.append(mine)
+            continue
         both = {n: mine[n] if n in mine else shared.get(n) for n in order}
         both.update({n: v for n, v in shared.items() if n not in both})
         out.append(both)

@@ -9,14 +9,22 @@ import torch
 from torch import Tensor
 
 Value = Any  # whatever a user's forward passes around
-_LEAVES = (Tensor, str, bytes, int, float, bool, complex, type(None), torch.Size, torch.dtype, torch.device)
-_PLAIN = frozenset((int, float, bool, str, type(None), torch.Size, torch.dtype, torch.device))
+ATOMS = frozenset((int, float, bool, str, bytes, complex, type(None), torch.Size, torch.dtype, torch.device))
+"""Types that hold no tensor."""
+
+
+def holds_nothing(value: Value) -> bool:
+    """Whether a value is a number, string, ... or a tuple of such, as most arguments are; quick."""
+    kind = type(value)
+    if kind in ATOMS:
+        return True
+    return kind is tuple and ATOMS.issuperset(map(type, value))
 
 
 def children(value: Value) -> Sequence[Value] | None:
     """The members of a container, None for anything else."""
     kind = type(value)
-    if kind in _PLAIN or isinstance(value, _LEAVES):
+    if kind in ATOMS or isinstance(value, (Tensor, str, torch.Size)):
         return None
     if isinstance(value, (list, tuple)):
         return value
