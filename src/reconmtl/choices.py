@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import inspect
 import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from reconmtl.conflicts import check_severity
 from reconmtl.errors import DataError, ProblemError, ReconError, UnknownNameError, nearest
+from reconmtl.evaluation import Machine
 from reconmtl.problem import Problem
 from reconmtl.problems import READY
 from reconmtl.settings import METHODS, Preset, Settings
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,27 +65,39 @@ def find_problem(spec: str) -> tuple[Callable[..., Problem], dict[str, Preset]]:
         )
     module = _import(source, spec)
     if not callable(getattr(module, name, None)):
-        functions = [n for n, v in vars(module).items() if callable(v) and not n.startswith("_")]
+        functions = [
+            n
+            for n, v in vars(module).items()
+            if callable(v) and getattr(v, "__module__", None) == module.__name__ and not n.startswith("_")
+        ]
         raise UnknownNameError(f"{source} has no function {name!r}. {nearest(name, functions)}")
     return getattr(module, name), getattr(module, "PRESETS", {})
 
 
 def _import(source: str, spec: str) -> Any:  # noqa: ANN401 a module with unknown contents
     if not source.endswith(".py"):
+        _see(Path.cwd())  # as `python -m` does
         try:
             return importlib.import_module(source)
-        except ModuleNotFoundError as error:
+        except (ModuleNotFoundError, ValueError, TypeError) as error:  # also for an empty or relative name
             raise UnknownNameError(f"Cannot import {source!r} of problem {spec!r}: {error}.") from None
     path = Path(source).resolve()
     if not path.is_file():
         raise UnknownNameError(f"There is no file {path}, named by problem {spec!r}.")
-    found = importlib.util.spec_from_file_location(path.stem, path)
-    if found is None or found.loader is None:
-        raise UnknownNameError(f"{path} cannot be imported.")
+    _see(path.parent)  # as `python file.py` does
+    # A name of its own: a file called random.py must not become everybody's `random`.
+    found = importlib.util.spec_from_file_location(f"reconmtl_problem_{path.stem}", path)
+    assert found is not None and found.loader is not None  # it ends with .py
     module = importlib.util.module_from_spec(found)
-    sys.modules[path.stem] = module  # so that what the file defines can be pickled
+    sys.modules[module.__name__] = module  # dataclasses and pickle look there
     found.loader.exec_module(module)
     return module
+
+
+def _see(folder: Path) -> None:
+    """Let modules in a folder be imported, after everything that is installed."""
+    if str(folder) not in sys.path:
+        sys.path.append(str(folder))
 
 
 def decide(settings: Settings) -> Decided:
@@ -91,53 +107,79 @@ def decide(settings: Settings) -> Decided:
         ReconError: If a preset, task or method is unknown, or a value is out of range.
     """
     make, presets = find_problem(settings.problem)
+    faults: list[str] = []
     name = settings.preset or next(iter(presets), None)
     if name is not None and name not in presets:
-        raise UnknownNameError(f"Unknown preset {name!r} of {settings.problem}. {nearest(name, presets)}")
+        faults.append(f"Unknown preset {name!r} of {settings.problem}. {nearest(name, presets)}")
+        name = next(iter(presets), None)  # to find the other faults
     preset = presets[name] if name is not None else None
     options = dict(preset.options) if preset else {}
     options |= {n: getattr(settings, n) for n in ("width", "data") if getattr(settings, n) is not None}
-    problem = _make(make, options, settings)
+    faults += _faults(settings)
+    try:
+        problem = _make(make, options, settings)
+    except ReconError as error:
+        raise ProblemError("\n".join([*faults, str(error)])) from error
+    decided = _fill(settings, name, preset, options, problem)
+    faults += _more_faults(decided, problem)
+    if faults:
+        raise ProblemError("\n".join(faults))
+    return decided
+
+
+def _fill(
+    settings: Settings, name: str | None, preset: Preset | None, options: dict[str, Any], problem: Problem
+) -> Decided:
     recipe = problem.recipe
-    epochs = settings.epochs or (preset.epochs if preset else recipe.epochs)
+    epochs = _first(settings.epochs, preset.epochs if preset else recipe.epochs)
+    share = preset.probe_epochs / preset.epochs if preset else 0.25
     if settings.epochs is None and preset is None:
-        milestones: tuple[int, ...] = recipe.milestones
+        milestones = recipe.milestones
     else:
         fractions = preset.fractions if preset else tuple(m / recipe.epochs for m in recipe.milestones)
         milestones = tuple(sorted({max(1, round(f * epochs)) for f in fractions}))
-    given = settings.probe_epochs
-    scaled = preset.probe_epochs if preset and epochs == preset.epochs else max(1, math.ceil(epochs / 4))
     decided = Decided(
         problem=settings.problem,
         options=options,
         preset=name,
-        tasks=tuple(settings.tasks or problem.task_names),
+        tasks=tuple(_first(settings.tasks, problem.task_names)),
         methods=tuple(dict.fromkeys(settings.methods)),
-        seeds=tuple(settings.seeds if settings.seeds is not None else (preset.seeds if preset else (0,))),
+        seeds=tuple(_first(settings.seeds, preset.seeds if preset else (0,))),
         epochs=epochs,
-        batch_size=settings.batch_size or (preset.batch_size if preset else recipe.batch_size),
-        lr=settings.lr if settings.lr is not None else (preset.lr if preset else recipe.lr),
+        batch_size=_first(settings.batch_size, preset.batch_size if preset else recipe.batch_size),
+        lr=_first(settings.lr, preset.lr if preset else recipe.lr),
         milestones=milestones,
-        probe_epochs=given if given is not None else scaled,
-        severity=settings.severity if settings.severity is not None else (preset.severity if preset else -0.1),
-        k=settings.k if settings.k is not None else (preset.k if preset else None),
-        record=settings.record if settings.record is not None else (preset.record if preset else 1),
+        probe_epochs=_first(settings.probe_epochs, max(1, math.ceil(round(share * epochs, 6)))),
+        severity=_first(settings.severity, preset.severity if preset else -0.1),
+        k=_first(settings.k, preset.k if preset else None),
+        record=_first(settings.record, preset.record if preset else 1),
         norm_stats=settings.norm_stats,
         precision=settings.precision,
-        max_batches=2 if settings.fast_dev_run else None,
-        note="A smoke test on two batches: the numbers mean nothing."
-        if settings.fast_dev_run
-        else preset.note
-        if preset
-        else "",
+        max_batches=None,
+        note=preset.note if preset else "",
     )
-    if settings.fast_dev_run:
-        decided = replace(decided, epochs=1, milestones=(), probe_epochs=1, seeds=decided.seeds[:1])
-    _check(decided, problem)
-    return decided
+    if not settings.fast_dev_run:
+        return decided
+    return replace(
+        decided,
+        epochs=1,
+        milestones=(),
+        probe_epochs=1,
+        seeds=decided.seeds[:1],
+        max_batches=2,
+        note="A smoke test on two batches: the numbers mean nothing.",
+    )
+
+
+def _first(given: T | None, otherwise: T) -> T:
+    return otherwise if given is None else given
 
 
 def _make(make: Callable[..., Problem], options: dict[str, Any], settings: Settings) -> Problem:
+    try:
+        inspect.signature(make).bind(**options)
+    except TypeError as error:
+        raise ProblemError(f"{settings.problem} does not take these options {options}: {error}.") from None
     try:
         problem = make(**options)
     except DataError:
@@ -146,41 +188,47 @@ def _make(make: Callable[..., Problem], options: dict[str, Any], settings: Setti
         print("The full set is not built; this smoke test takes the mini set instead.", file=sys.stderr)
         options["data"] = "mini"
         problem = make(**options)
-    except TypeError as error:
-        raise ProblemError(f"{settings.problem} does not take these options {options}: {error}.") from None
     if not isinstance(problem, Problem):
         raise ProblemError(f"{settings.problem} should return a reconmtl.Problem, returned {type(problem).__name__}.")
     return problem
 
 
-def _check(decided: Decided, problem: Problem) -> None:
-    faults: list[str] = []
+def _message(check: Callable[[], object]) -> list[str]:
+    try:
+        check()
+    except ReconError as error:
+        return [str(error)]
+    return []
 
-    def collect(check: Callable[[], object]) -> None:
-        try:
-            check()
-        except ReconError as error:
-            faults.append(str(error))
 
-    collect(lambda: problem.restrict(decided.tasks))
+def _faults(settings: Settings) -> list[str]:
+    """What is wrong whatever the problem is."""
+    faults = [f"Unknown method {m!r}. {nearest(m, METHODS)}" for m in settings.methods if m not in METHODS]
+    if not settings.methods:
+        faults.append("methods: give at least one.")
+    faults += _message(lambda: check_severity(_first(settings.severity, 0.0)))
+    if settings.k is not None and settings.k < 1:
+        faults.append(f"K = {settings.k}: expected at least 1 layer.")
+    for name in ("width", "jobs"):
+        value = getattr(settings, name)
+        if value is not None and value < 1:
+            faults.append(f"{name} = {value}: expected at least 1.")
+    if settings.record is not None and settings.record < 0:
+        faults.append(f"record = {settings.record}: expected 0 (nothing) or m (one of m steps).")
+    if settings.seeds is not None and (len(set(settings.seeds)) != len(settings.seeds) or not settings.seeds):
+        faults.append(f"seeds = {list(settings.seeds)}: expected different whole numbers, at least one.")
+    return faults + _message(Machine(accelerator=settings.accelerator, precision=settings.precision).fabric)
+
+
+def _more_faults(decided: Decided, problem: Problem) -> list[str]:
+    """What is wrong with this problem."""
+    faults = _message(lambda: problem.restrict(decided.tasks))
     if len(decided.tasks) < 2:
         faults.append(f"tasks = {list(decided.tasks)}: conflicts need at least two tasks.")
-    collect(lambda: check_severity(decided.severity))
-    if decided.k is not None and decided.k < 1:
-        faults.append(f"K = {decided.k}: expected at least 1 layer.")
-    unknown = [m for m in decided.methods if m not in METHODS]
-    faults += [f"Unknown method {m!r}. {nearest(m, METHODS)}" for m in unknown]
-    if not decided.methods:
-        faults.append("methods: give at least one.")
-    if not 1 <= decided.probe_epochs <= decided.epochs:
+    if decided.epochs >= 1 and not 1 <= decided.probe_epochs <= decided.epochs:
         faults.append(f"probe_epochs = {decided.probe_epochs}: expected 1 to {decided.epochs}, the number of epochs.")
-    if len(set(decided.seeds)) != len(decided.seeds) or not decided.seeds:
-        faults.append(f"seeds = {list(decided.seeds)}: expected different whole numbers, at least one.")
-    if decided.record < 0:
-        faults.append(f"record = {decided.record}: expected 0 (nothing) or one of so many steps.")
-    collect(lambda: problem.recipe.override(epochs=decided.epochs, batch_size=decided.batch_size, lr=decided.lr))
-    if faults:
-        raise ProblemError("\n".join(faults))
+    recipe = {"epochs": decided.epochs, "batch_size": decided.batch_size, "lr": decided.lr}
+    return faults + _message(lambda: problem.replace(recipe=problem.recipe.override(**recipe)))
 
 
 def load_problem(decided: Decided) -> Problem:

@@ -36,7 +36,7 @@ class Settings:
     data: str | None = None
     """Data of a ready problem: mini, full, or a path; see `reconmtl data --help`."""
     probe_epochs: int | None = None
-    """Epochs that are probed; by default a quarter of the epochs."""
+    """Epochs that are probed; by default the preset's share of the epochs, else a quarter of them."""
     severity: float | None = None
     """The paper's S: gradients conflict when their cosine is below it; in (-1, 0]."""
     k: int | None = None
@@ -77,7 +77,7 @@ class Preset:
         severity: The paper's S.
         k: The paper's K.
         seeds: Seeds of every method.
-        record: One of so many steps is recorded.
+        record: One of so many steps is recorded; 0 records none.
         note: Printed under the table.
     """
 
