@@ -328,7 +328,7 @@ def learn(module: nn.Module, args: tuple[Value, ...], kwargs: dict[str, Value]) 
 def _own(module: nn.Module, name: str, above: int, masks: dict[str, int], family: Family) -> None:
     """Note the owner of each module whose tasks are fewer than its parent's."""
     for key, child in module._modules.items():
-        if child is None or isinstance(child, TaskCopies):
+        if child is None or isinstance(child, (TaskCopies, torch.jit.ScriptModule)):
             continue
         path = f"{name}.{key}" if name else key
         mask = masks.get(path, 0) or above

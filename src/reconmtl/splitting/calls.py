@@ -1,6 +1,7 @@
 """What happens when a module of a split model is called with values that differ between tasks."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import cast
 
 import torch
@@ -191,22 +192,35 @@ def unwatch(watched: list[tuple[nn.Module, Masks, list[tuple[Tensor, int]]]], tr
             r.stats = "never"
 
 
-def _versions(masks: Masks, args: Value, kwargs: Value) -> list[tuple[Tensor, int, int]]:
+@dataclass
+class _Input:
+    """An input tensor, the tasks it belongs to, and how often it was written to."""
+
+    tensor: Tensor
+    owner: int
+    version: int
+
+
+def _versions(masks: Masks, args: Value, kwargs: Value) -> list[_Input]:
     """Every input tensor, the tasks it belongs to, and how often it was written to."""
     full = union(masks)
-    out: list[tuple[Tensor, int, int]] = []
+    out: list[_Input] = []
     for t in tensors((args, kwargs)) if kwargs or len(args) != 1 or not isinstance(args[0], Tensor) else args:
         parts = zip(t.masks, t.vals, strict=True) if type(t) is Branched else ((full, t),)
         try:
-            out += [(v, m, v._version) for m, v in parts]
+            out += [_Input(v, m, v._version) for m, v in parts]
         except RuntimeError:  # inference tensors do not count writes
             continue
     return out
 
 
-def _check_versions(seen: list[tuple[Tensor, int, int]], mask: int, rec: Record) -> None:
-    for tensor, owner, version in seen:
-        if tensor._version != version and owner & ~mask:
+def _check_versions(seen: list[_Input], mask: int, rec: Record) -> None:
+    for x in seen:
+        if x.tensor._version == x.version:
+            continue
+        if x.owner & ~mask == 0:  # each may change what is its own
+            x.version = x.tensor._version
+        else:
             raise SharedWriteError(
                 f"{rec.name} changes its input in place, but is run once per task ({rec.family.label(mask)} first) on "
                 "an "

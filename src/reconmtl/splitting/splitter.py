@@ -4,6 +4,7 @@ import copy
 from collections.abc import Iterable
 from typing import cast
 
+import torch
 from torch import nn
 
 from reconmtl.errors import LayerMatchError, SplitError, nearest
@@ -148,6 +149,8 @@ def _build(
     adapt(model, family, ROOT, root=root)
     per_task = norm_stats == "per-task"
     for name, module in modules.items():
+        if isinstance(module, torch.jit.ScriptModule):
+            continue
         leaf = is_leaf(module)
         stats = "never"
         if per_task and any(b is not None for b in module._buffers.values()):

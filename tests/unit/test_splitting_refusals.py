@@ -1,0 +1,305 @@
+"""Never silently wrong: each of these raises, names the place, and says what to do."""
+
+import copy
+from collections.abc import Callable
+from typing import Any, cast
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from reconmtl.errors import SplitError
+from reconmtl.plan import Plan
+from reconmtl.splitting import split, verify
+from zoo import TASKS, Double, Fused, Headed, Tied, linear_heads
+
+X = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
+
+
+def plan(*layers: str) -> Plan:
+    return Plan(tasks=TASKS, layers=layers)
+
+
+class Step(nn.Module):
+    """A split linear layer, then whatever `then` does with its output."""
+
+    def __init__(self, then: Callable[["Step", Tensor, Tensor], Any]) -> None:
+        super().__init__()
+        self.a, self.b, self.norm = nn.Linear(6, 6), nn.Linear(6, 6), nn.BatchNorm1d(6)
+        self.w = nn.Parameter(torch.ones(6))
+        self.then = then
+
+    def forward(self, x: Tensor) -> Any:
+        return self.then(self, self.b(x), self.a(x))
+
+
+def after_split(then: Callable[[Step, Tensor, Tensor], Any], **options: Any) -> tuple[nn.Module, nn.Module]:
+    torch.manual_seed(0)
+    net = Headed(Step(then), 6, TASKS)
+    model = split(net, plan("trunk.a"), **options)
+    with torch.no_grad():  # let the copies differ, as training does
+        for i, t in enumerate(TASKS):
+            cast(Any, model).trunk.a.per_task[t].weight.mul_(2.0 * i - 1)
+    return net, model
+
+
+def branch_on_value(_: Step, __: Tensor, y: Tensor) -> Tensor:
+    return y * 2 if y.sum() > 0 else y
+
+
+def item(_: Step, __: Tensor, y: Tensor) -> Tensor:
+    return y * y.mean().item()
+
+
+def numpy(_: Step, __: Tensor, y: Tensor) -> Tensor:
+    return y + torch.from_numpy(y.detach().numpy())
+
+
+def data_dependent_shape(_: Step, __: Tensor, y: Tensor) -> Tensor:
+    return y[y > 0].sum() + torch.zeros(4, y[y > 0].shape[0]).sum(1, keepdim=True)
+
+
+def add_into_shared(_: Step, s: Tensor, y: Tensor) -> Tensor:
+    return s.add_(y)
+
+
+def copy_into_shared(_: Step, s: Tensor, y: Tensor) -> Tensor:
+    s[:, :3] = y[:, :3]
+    return s
+
+
+def out_argument(_: Step, s: Tensor, y: Tensor) -> Tensor:
+    out = torch.empty_like(s)
+    torch.mul(y.detach(), 2, out=out)
+    return out + y
+
+
+def shared_memory(_: Step, s: Tensor, y: Tensor) -> Tensor:
+    z = s.clone().expand_as(y)
+    z += 1
+    return z * y
+
+
+def custom_function(step: Step, _: Tensor, y: Tensor) -> Tensor:
+    return cast(Tensor, Double.apply(y, step.w)) + 1  # type: ignore[no-untyped-call]
+
+
+def custom_function_last(step: Step, _: Tensor, y: Tensor) -> Tensor:
+    return cast(Tensor, Double.apply(y, step.w))  # type: ignore[no-untyped-call]
+
+
+def reentrant(step: Step, _: Tensor, y: Tensor) -> Tensor:
+    return cast(Tensor, checkpoint(step.b, y, use_reentrant=True)) + 1
+
+
+def vmapped(_: Step, __: Tensor, y: Tensor) -> Tensor:
+    return cast(Tensor, torch.vmap(lambda v: v * 2)(y))
+
+
+def norm_as_function(step: Step, _: Tensor, y: Tensor) -> Tensor:
+    return nn.functional.batch_norm(y, step.norm.running_mean, step.norm.running_var, training=True)
+
+
+CASES = [
+    (branch_on_value, "__bool__"),
+    (item, "item"),
+    (numpy, "numpy"),
+    (add_into_shared, "add_"),
+    (copy_into_shared, "__setitem__"),
+    (out_argument, "mul"),
+    (custom_function, "Double"),
+    (custom_function_last, "Double"),
+    (reentrant, "use_reentrant=False"),
+    (vmapped, "vmap"),
+    (norm_as_function, "batch_norm"),
+]
+
+
+@pytest.mark.parametrize(("then", "named"), CASES, ids=lambda v: getattr(v, "__name__", ""))
+def test_what_hides_the_task_is_refused_and_the_loop_computes_it(then: Any, named: str) -> None:
+    _, model = after_split(then)
+    with pytest.raises(SplitError, match=named) as caught:
+        model(X)
+    assert not isinstance(caught.value, TypeError)
+    assert "mode='loop'" in str(caught.value) or "out of place" in str(caught.value)
+    _, model = after_split(then, atomic=["trunk"]) if then is not numpy else after_split(then, mode="loop")
+    if then in (out_argument, numpy):  # these cut the graph in every network
+        return
+    out = model(X)
+    _, loop = after_split(then, mode="loop")
+    assert all(torch.equal(out[t], loop(X)[t]) for t in TASKS)
+
+
+def test_the_message_names_the_module() -> None:
+    _, model = after_split(item)
+    with pytest.raises(SplitError, match=r"^trunk \(Step\): item"):
+        model(X)
+
+
+def test_views_of_shared_memory_are_not_changed_in_place() -> None:
+    def then(_: Step, s: Tensor, y: Tensor) -> Tensor:
+        z = s.clone().reshape(4, 6).type_as(y)
+        z = z.expand_as(y.unsqueeze(0))[0]
+        z += 1
+        return z * y
+
+    _, model = after_split(then)
+    with pytest.raises(SplitError, match="share memory"):
+        model(X)
+
+
+def test_an_in_place_leaf_on_a_shared_input_is_refused() -> None:
+    class InPlace(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.full((6,), 2.0))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x.mul_(self.scale)
+
+    net = Headed(nn.Sequential(nn.Linear(6, 6), InPlace()), 6, TASKS)
+    with pytest.raises(SplitError, match=r"trunk\.1.*in place"):
+        split(net, plan("trunk.1"))(X)
+    split(net, plan("trunk.0"), sample=X)  # each branch changes its own
+
+
+def test_verify_finds_a_value_under_two_names() -> None:
+    def then(_: Step, s: Tensor, y: Tensor) -> Tensor:
+        u = s * 1
+        keep = u
+        u += y  # a new tensor for each task; `keep` still is the old one, which plain PyTorch would have changed
+        return u + keep
+
+    net = Headed(Step(then), 6, TASKS)
+    with pytest.raises(SplitError, match="output"):
+        split(net, plan("trunk.a"), sample=X)
+    split(net, plan("trunk.a"), sample=X, atomic=["trunk"])
+
+
+# Before any change --------------------------------------------------------------------------------------------------
+
+
+def test_tied_weights_are_split_together_or_not_at_all() -> None:
+    tokens = torch.randint(7, (3, 5), generator=torch.Generator().manual_seed(0))
+    net = Headed(Tied(), 35, TASKS)
+    for one in ("trunk.embed", "trunk.out"):
+        with pytest.raises(SplitError, match=r"trunk\.embed.*trunk\.out"):
+            split(net, plan(one))
+    groups = [["a", "b"], ["c"]]
+    with pytest.raises(SplitError, match="differently"):
+        split(net, Plan(tasks=TASKS, layers={"trunk.embed": groups, "trunk.out": [["a"], ["b"], ["c"]]}))
+    model = cast(Any, split(net, plan("trunk.embed", "trunk.out"), sample=tokens))
+    for t in TASKS:
+        assert model.trunk.embed.per_task[t].weight is model.trunk.out.per_task[t].weight
+    twin = copy.deepcopy(model)
+    assert twin.trunk.embed.per_task["a"].weight is twin.trunk.out.per_task["a"].weight
+    assert sum(1 for n, _ in model.named_parameters() if "embed" in n or ".out." in n) == 3
+
+
+@pytest.mark.parametrize("where", ["attribute", "list", "dict"])
+def test_a_parameter_held_elsewhere_is_refused(where: str) -> None:
+    net = Headed(nn.Linear(6, 6), 6, TASKS)
+    weight = cast(Any, net.trunk).weight
+    held = {"attribute": weight, "list": [weight], "dict": {"w": (weight,)}}[where]
+    net.__dict__["held"] = held
+    with pytest.raises(SplitError, match=r"trunk\.weight.*held"):
+        split(net, plan("trunk"))
+    net.__dict__["held"] = None
+    split(net, plan("trunk"))
+
+
+def test_models_that_are_no_plain_modules_are_refused() -> None:
+    lazy = Headed(nn.LazyLinear(6), 6, TASKS)
+    with pytest.raises(SplitError, match="Call the model once"):
+        split(lazy, plan("trunk"))
+    lazy(X)
+    split(lazy, plan("trunk"), sample=X)
+    net = Headed(nn.Linear(6, 6), 6, TASKS)
+    with pytest.raises(SplitError, match="DataParallel"):
+        split(nn.DataParallel(net), plan("trunk"))
+    with pytest.raises(SplitError, match=r"torch\.compile"):
+        split(cast(nn.Module, torch.compile(net, backend="eager")), plan("trunk"))
+    with pytest.raises(SplitError, match="split model already"):
+        split(split(net, plan("trunk")), plan("trunk"))
+    with pytest.raises(SplitError, match=r"nn\.Module"):
+        split(cast(Any, lambda x: x), plan("trunk"))
+    with pytest.raises(SplitError, match="Plan"):
+        split(net, cast(Any, ["trunk"]))
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is not supported:DeprecationWarning")
+def test_scripted_models_are_refused() -> None:
+    with pytest.raises(SplitError, match=r"torch\.jit"):
+        split(torch.jit.script(nn.Sequential(nn.Linear(6, 6))), plan("0"))
+    inner = Headed(nn.Sequential(nn.Linear(6, 6), torch.jit.script(nn.Linear(6, 6))), 6, TASKS)
+    with pytest.raises(SplitError, match=r"trunk\.1"):
+        split(inner, plan("trunk.1"))
+    split(inner, plan("trunk.0"), sample=X)  # calling one with branched values works
+
+
+def test_a_reserved_name_is_refused() -> None:
+    net = Headed(nn.Linear(6, 6), 6, TASKS)
+    net.trunk.__dict__["per_task"] = None
+    with pytest.raises(SplitError, match="per_task"):
+        split(net, plan("trunk"))
+
+
+def test_outputs_must_name_all_tasks() -> None:
+    class Partial(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.heads = nn.Linear(6, 6), linear_heads(6, ["a", "d"])
+
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            return {t: h(self.a(x)) for t, h in self.heads.items()}
+
+    with pytest.raises(SplitError, match=r"none for \['b', 'c'\]"):
+        split(Partial(), plan("a"), sample=X)
+
+
+def test_fresh_copies_need_a_reset() -> None:
+    net = Headed(nn.Sequential(nn.Linear(6, 6), Fused()), 6, TASKS)
+    with pytest.raises(SplitError, match="reset_parameters"):
+        split(net, plan("trunk.1"), init="fresh")
+    torch.manual_seed(0)
+    model = cast(Any, split(net, plan("trunk.0"), init="fresh", sample=X))
+    weights = [model.trunk[0].per_task[t].weight for t in TASKS]
+    assert not any(torch.equal(a, b) for a, b in ((weights[0], weights[1]), (weights[1], weights[2])))
+    assert not any(torch.equal(w, cast(Any, net.trunk)[0].weight) for w in weights)
+    torch.manual_seed(0)
+    again = cast(Any, split(net, plan("trunk.0"), init="fresh"))
+    assert all(torch.equal(again.trunk[0].per_task[t].weight, w) for t, w in zip(TASKS, weights, strict=True))
+
+
+def test_a_value_that_passes_between_tasks_later_is_not_pruned_silently() -> None:
+    class Late(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.heads, self.mix = nn.Linear(6, 6), linear_heads(6, TASKS), False
+
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            out = {t: h(self.a(x)) for t, h in self.heads.items()}
+            return {**out, "b": out["b"] + out["a"].detach()} if self.mix else out
+
+    torch.manual_seed(0)
+    net = Late()
+    model = split(net, plan("a"), sample=X)
+    cast(Any, model).mix = net.mix = True
+    with pytest.raises(SplitError, match="call the model again"):
+        model(X)
+    assert all(torch.equal(model(X)[t], net(X)[t]) for t in TASKS)
+    verify(model, X)
+
+
+def test_split_tensors_cannot_be_replaced_by_something_else() -> None:
+    model = cast(Any, split(Headed(nn.Linear(6, 6), 6, TASKS), plan("trunk"), sample=X))
+    with pytest.raises(SplitError, match="per_task"):
+        model.trunk.weight = torch.ones(6, 6)
+    model.trunk.weight = nn.Parameter(torch.eye(6))
+    copies = [model.trunk.per_task[t].weight for t in TASKS]
+    assert len({p.data_ptr() for p in copies}) == 3
+    assert all(torch.equal(p, torch.eye(6)) for p in copies)
+    nn.init.normal_(model.trunk.weight)
+    assert not torch.equal(copies[0], copies[1])
