@@ -13,7 +13,7 @@ from reconmtl.gram import check_losses, reach
 from reconmtl.layers import find_layers
 from reconmtl.probing import Probe
 from reconmtl.problem import Problem, call
-from reconmtl.train import seeded
+from reconmtl.randomness import seeded
 
 
 def layer_table(model: nn.Module, losses: Mapping[str, Tensor] | None = None) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,6 +50,9 @@ Command = (
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns its exit code: 0, 2 for bad input (a sentence on stderr), 130 when interrupted."""
+    before = signal.signal(
+        signal.SIGTERM, signal.default_int_handler
+    )  # a cluster's or a service's way of asking to stop
     try:
         command = tyro.cli(Command, args=arguments, prog="reconmtl", description=__doc__.split(":")[0])
         return _dispatch(command)
@@ -58,6 +62,8 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\nInterrupted. What is finished is kept: repeat the command with --resume.", file=sys.stderr)
         return EXIT_INTERRUPTED
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _dispatch(command: Settings | Data | Ls) -> int:

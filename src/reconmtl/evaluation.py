@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from reconmtl.batches import Data, call, check_outputs, select
 from reconmtl.errors import ProblemError
 from reconmtl.problem import Problem
+from reconmtl.randomness import seeded
 from reconmtl.runs import Values
 
 try:
@@ -76,7 +77,8 @@ def evaluate(problem: Problem, model: nn.Module, data: Data, *, machine: Machine
         if hasattr(state, "to"):
             state.to(device)
     counts = dict.fromkeys(problem.task_names, 0)
-    with evaluating(model), torch.no_grad():
+    # What is drawn while judging (by transforms, say) must not move the training that goes on afterwards.
+    with evaluating(model), torch.no_grad(), seeded(0):
         for indices in batches:
             inputs, targets = problem.batch(data, indices, device)
             with fabric.autocast():

@@ -91,10 +91,7 @@ class Run:
             "method": self.method,
             "label": self.label,
             "seed": self.seed,
-            # JSON has no NaN and no infinity; a metric may be undefined, and a training must not be lost over it.
-            "metrics": {
-                t: {m: v if math.isfinite(v) else str(v) for m, v in named.items()} for t, named in self.metrics.items()
-            },
+            "metrics": plain_values(self.metrics),
             "directions": self.directions,
             "parameters": self.parameters,
             "megabytes": self.megabytes,
@@ -148,6 +145,11 @@ class Run:
             log=ConflictLog.load(folder / "log") if (folder / "log").exists() else None,
             path=folder,
         )
+
+
+def plain_values(values: Values) -> dict[str, dict[str, float | str]]:
+    """Metrics for JSON, which has no NaN and no infinity; a training must not be lost over an undefined metric."""
+    return {t: {m: v if math.isfinite(v) else str(v) for m, v in named.items()} for t, named in values.items()}
 
 
 def new_folder(path: str | Path, *, resume: bool = False, overwrite: bool = False) -> Path:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Executor, Future, ProcessPoolExecutor
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -23,10 +25,11 @@ from reconmtl.files import read_json, write_bytes, write_json
 from reconmtl.gram import Gradients
 from reconmtl.plan import Plan, check_k
 from reconmtl.problem import Problem, call
+from reconmtl.randomness import seeded
 from reconmtl.reporting import summary
 from reconmtl.runs import Run, environment, new_folder
 from reconmtl.settings import Settings
-from reconmtl.train import fit, open_run, probe, seeded
+from reconmtl.train import fit, open_run, probe
 
 FORMAT = "reconmtl.study/1"
 
@@ -84,6 +87,8 @@ class _Here(Executor):
 
 
 def _start(mode: progress.Mode, lock: Any, numbers: Any, threads: int) -> None:  # noqa: ANN401 of multiprocessing
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process of a terminal; the parent ends us
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     torch.set_num_threads(threads)
     progress.configure(mode, lock=lock, position=numbers.get())
 
@@ -105,12 +110,25 @@ def _pool(jobs: int, mode: progress.Mode) -> Iterator[Executor]:
     try:
         yield pool
     except BaseException:
+        workers = list((pool._processes or {}).values())  # shutdown forgets them
         pool.shutdown(wait=False, cancel_futures=True)
-        for process in list((pool._processes or {}).values()):
-            process.terminate()  # else an error in one training waits for the end of the others
+        for worker in workers:
+            worker.terminate()  # else an error in one training waits for the end of the others
         raise
     finally:
         pool.shutdown()
+
+
+def _finish(futures: Sequence[Future[None]]) -> None:
+    """Wait for trainings; the first failure is raised at once."""
+    try:
+        for future in as_completed(futures):
+            future.result()
+    except BrokenProcessPool:
+        raise RunError(
+            "A training process was killed, most likely for want of memory. Continue with --resume and fewer --jobs; "
+            "what is finished is kept."
+        ) from None
 
 
 def _plans(decided: Decided, log: ConflictLog, seed: int) -> dict[str, Plan | None]:
@@ -155,8 +173,6 @@ def run_study(settings: Settings) -> Study:
     cores = os.cpu_count() or 1
     total = 1 + len(decided.methods) * len(decided.seeds)
     jobs = settings.jobs if settings.jobs is not None else (1 if on_gpu or decided.max_batches else min(cores, total))
-    if jobs < 1:
-        raise ProblemError(f"jobs = {jobs}: expected at least 1.")
 
     def job(kind: Literal["probe", "fit"], method: str, seed: int, plan: Plan | None) -> _Job:
         where = folder / ("log" if kind == "probe" else method)
@@ -173,8 +189,7 @@ def run_study(settings: Settings) -> Study:
         todo = [(s, m) for s in decided.seeds for m in decided.methods if unfinished(m, s)]
         early = [(s, m) for s, m in todo if m == "single"]
         waiting = [pool.submit(_work, job("fit", m, s, None)) for s, m in early]
-        for future in futures:
-            future.result()
+        _finish(futures)
         log = ConflictLog.load(folder / "log")
         ranking = log.rank(severity=decided.severity)
         by_seed = {s: _plans(decided, log, s) for s in decided.seeds}
@@ -182,8 +197,7 @@ def run_study(settings: Settings) -> Study:
         plan.save(folder / "plan.json")
         late = sorted((t for t in todo if t not in early), key=lambda t: t[1] == "joint")  # the shortest trainings last
         waiting += [pool.submit(_work, job("fit", m, s, by_seed[s][m])) for s, m in late]
-        for future in waiting:
-            future.result()
+        _finish(waiting)
     return _conclude(folder, decided, ranking, plan)
 
 
@@ -214,13 +228,17 @@ def _write_text(path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8")
 
 
+def _count(n: int, what: str) -> str:
+    return f"{n} {what}" if n == 1 else f"{n} {what}s"
+
+
 def facts(decided: Decided, problem: Problem, runs: Sequence[Run]) -> list[str]:
     """The lines under the table: how much stands behind its numbers."""
     n = len(decided.seeds)
     seeds = ", ".join(map(str, decided.seeds))
     width = f", width {decided.options['width']}" if "width" in decided.options else ""
     lines = [
-        f"n = {n} seed{'s' if n > 1 else ''} ({seeds}), {decided.epochs} epochs{width}, batch {decided.batch_size}, "
+        f"n = {_count(n, 'seed')} ({seeds}), {_count(decided.epochs, 'epoch')}{width}, batch {decided.batch_size}, "
         f"{len(problem.train):,} training and {len(problem.test):,} test samples; last model, "
         f"{'no spread from one seed' if n == 1 else 'mean ± sd'}."
     ]

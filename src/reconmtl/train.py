@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-import random
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -24,12 +21,15 @@ from reconmtl.plan import Plan
 from reconmtl.probing import Probe
 from reconmtl.problem import Problem, call
 from reconmtl.progress import bar
+from reconmtl.randomness import seeded
 from reconmtl.runs import (
     Run,
+    Values,
     describe,
     environment,
     load_checkpoint,
     new_folder,
+    plain_values,
     save_checkpoint,
 )
 from reconmtl.splitting import check_optimizer, split
@@ -52,26 +52,12 @@ class SingleTasks(nn.Module):
         return {task: network(*args, **kwargs)[task] for task, network in self.networks.items()}
 
 
-@contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Seed torch, NumPy and Python inside, and put their global states back afterwards."""
-    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 restored, not used
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        np.random.seed(seed % 2**32)  # noqa: NPY002 a user's transforms may draw from it
-        random.seed(seed)
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            np.random.set_state(numpy)  # noqa: NPY002 restored, not used
-
-
 @dataclass(frozen=True)
 class _Trained:
     model: nn.Module
     log: ConflictLog | None
     parameters: int
+    metrics: Values  # of the test set after the last epoch; empty where training stopped before
 
 
 def _train(
@@ -110,6 +96,7 @@ def _train(
         optimizer = recipe.make_optimizer(model)
         check_optimizer(model, optimizer)
         reached: set[nn.Parameter] = set()
+        values: Values = {}
         schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, list(recipe.milestones), gamma=recipe.gamma)
         probe = Probe(model, every=record, shared=problem.shared) if record else None
         evaluated = {math.ceil(recipe.epochs * (i + 1) / EVALUATIONS) for i in range(EVALUATIONS)}
@@ -141,17 +128,18 @@ def _train(
                     f"(lr = {recipe.lr}), or look for a loss that divides by zero."
                 )
             progress.set_postfix_str(f"epoch {epoch}/{epochs}, loss {mean:.3f}")
+            entry: dict[str, object] = {"epoch": epoch, "tasks": list(problem.task_names), "loss": mean}
+            if stop is None and (epoch == epochs or (metrics is not None and epoch in evaluated)):
+                values = evaluate(problem, model, problem.test, machine=machine)
+                entry["test"] = plain_values(values)
+                if problem.val is not None:
+                    entry["val"] = plain_values(evaluate(problem, model, problem.val, machine=machine))
             if metrics is not None:
-                entry: dict[str, object] = {"epoch": epoch, "tasks": list(problem.task_names), "loss": mean}
-                if epoch in evaluated:
-                    entry["test"] = evaluate(problem, model, problem.test, machine=machine)
-                    if problem.val is not None:
-                        entry["val"] = evaluate(problem, model, problem.val, machine=machine)
                 with metrics.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(entry) + "\n")
     # Single-task networks are often joint ones: what their only task never reaches has no gradient and does not count.
     counted = reached if len(problem.tasks) == 1 else model.parameters()
-    return _Trained(model, None if probe is None else probe.log, sum(p.numel() for p in counted))
+    return _Trained(model, None if probe is None else probe.log, sum(p.numel() for p in counted), values)
 
 
 def _sample(problem: Problem) -> Any:  # noqa: ANN401 whatever the model takes
@@ -289,6 +277,7 @@ def _fit_seed(
     machine: Machine,
 ) -> Run:
     config = {
+        "format": "reconmtl.config/1",
         "problem": problem.name,
         "method": method,
         "seed": seed,
@@ -326,6 +315,7 @@ def _fit_seed(
         }
         model: nn.Module = SingleTasks({n: p.model for n, p in parts.items()})
         log, parameters = None, sum(p.parameters for p in parts.values())
+        values = {task: of for p in parts.values() for task, of in p.metrics.items()}
         network = type(next(iter(parts.values())).model).__name__
     else:
         trained = _train(
@@ -338,14 +328,14 @@ def _fit_seed(
             norm_stats=norm_stats,
             metrics=metrics,
         )
-        model, log, parameters = trained.model, trained.log, trained.parameters
+        model, log, parameters, values = trained.model, trained.log, trained.parameters, trained.metrics
         network = type(model).__name__
     seconds = time.perf_counter() - started
     run = Run(
         method=method,
         label=label,
         seed=seed,
-        metrics=evaluate(problem, model, problem.test, machine=machine),
+        metrics=values,
         directions={t.name: {m.name: m.best for m in t.metrics} for t in problem.tasks},
         parameters=parameters,
         seconds=seconds,

@@ -2,11 +2,15 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+
+from reconmtl.cli import main
 
 
 def _run(*arguments: str, cwd: Path, cache: Path | None = None) -> subprocess.CompletedProcess[str]:
@@ -67,12 +71,31 @@ def test_paper_scale_smoke_test_runs_without_the_full_data(tmp_path: Path) -> No
         (["run", "planted", "--stepz", "3"], ["--stepz"]),
     ],
 )
-def test_bad_input_is_a_sentence_and_exit_code_2(arguments: list[str], pieces: list[str], tmp_path: Path) -> None:
-    done = _run(*arguments, cwd=tmp_path)
-    assert done.returncode == 2, done.stdout + done.stderr
+def test_bad_input_is_a_sentence_and_exit_code_2(
+    arguments: list[str],
+    pieces: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("RECONMTL_CACHE", str(tmp_path / "cache"))
+    try:
+        code: object = main(arguments)
+    except SystemExit as done:  # the parser's own way out
+        code = done.code
+    assert code == 2
+    errors = capsys.readouterr().err
     for piece in pieces:
-        assert piece in done.stderr
-    assert "Traceback" not in done.stderr
+        assert piece in errors
+    assert not (tmp_path / "runs").exists()  # found out before anything was made
+
+
+def test_bad_input_ends_the_process_with_exit_code_2_and_no_traceback(tmp_path: Path) -> None:
+    done = _run("run", "multifashion", "--preset", "papr", cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr == "error: Unknown preset 'papr' of multifashion. Nearest: 'paper'.\n"
+    assert done.stdout == ""
 
 
 def test_an_existing_folder_is_refused_with_both_ways_out(tmp_path: Path) -> None:
@@ -105,6 +128,72 @@ def test_your_own_problem_from_a_file(tmp_path: Path) -> None:
     wrong = _run("run", "mine.py:mak", cwd=tmp_path)
     assert wrong.returncode == 2
     assert "Nearest: 'make'" in wrong.stderr
+
+
+def test_an_interrupted_study_leaves_no_process_behind_and_resumes(tmp_path: Path) -> None:
+    arguments = [
+        "run",
+        "planted",
+        "--epochs",
+        "2000",
+        "--probe-epochs",
+        "1",
+        "--seeds",
+        "0",
+        "--jobs",
+        "2",
+        "--out",
+        "o",
+    ]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "reconmtl", *arguments],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "o" / "plan.json").exists():
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)  # ends only when every process that holds the pipes has ended
+    assert process.returncode == 130
+    assert "--resume" in errors
+    assert "Traceback" not in errors
+    while _alive(process.pid):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    before = (tmp_path / "o" / "log" / "log.json").stat().st_mtime_ns
+    done = _run(*arguments[:1], "planted", "--epochs", "2", "--out", "o", "--resume", cwd=tmp_path)
+    assert done.returncode == 2  # other settings
+    assert (tmp_path / "o" / "log" / "log.json").stat().st_mtime_ns == before
+
+
+def _alive(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def test_a_killed_worker_is_a_sentence(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(
+        "import os, signal\n"
+        "import multiprocessing\n"
+        "from reconmtl.problems import planted\n"
+        "def make():\n"
+        "    if multiprocessing.parent_process() is not None:\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    return planted.make()\n"
+    )
+    done = _run("run", "mine.py:make", "--k", "2", "--jobs", "2", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "was killed" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_ls_lists_the_ready_problems(tmp_path: Path) -> None:

@@ -12,7 +12,8 @@ import reconmtl as rm
 from reconmtl.errors import OptimizerError, ProblemError, ReconError, RunError, UnknownNameError
 from reconmtl.evaluation import Machine
 from reconmtl.problems import planted
-from reconmtl.train import SingleTasks, open_run, seeded
+from reconmtl.randomness import seeded
+from reconmtl.train import SingleTasks, open_run
 
 
 class Net(nn.Module):
@@ -196,11 +197,11 @@ def test_global_random_states_come_back_also_after_an_error() -> None:
     random.seed(5)
     np.random.seed(5)  # noqa: NPY002 the global state is what is tested
     torch.manual_seed(5)
-    before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()  # type: ignore[index, union-attr, call-overload]  # noqa: NPY002
+    before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()  # type: ignore[index]  # noqa: NPY002
     rm.fit(_problem(), epochs=1, milestones=())
     with pytest.raises(RunError, match="the loss is"):
         rm.fit(_problem(), lr=1e30, epochs=3, milestones=())
-    after = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()  # type: ignore[index, union-attr, call-overload]  # noqa: NPY002
+    after = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()  # type: ignore[index]  # noqa: NPY002
     assert before[:2] == after[:2]
     assert torch.equal(before[2], after[2])
 

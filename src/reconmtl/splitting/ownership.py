@@ -1,14 +1,12 @@
 """Which tasks a module can reach, found by one recorded call: the graph from each task's output to parameters."""
 
 import copy
-import random
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
+from reconmtl.randomness import untouched_randomness
 from reconmtl.splitting.groups import Family
 from reconmtl.splitting.outputs import get_task, is_keyed, task_keys
 from reconmtl.splitting.storage import COPIES, GroupTensors, copies, plain_tensors, record, to_plain
@@ -31,19 +29,6 @@ def plain_copy(model: nn.Module, mask: int, *, share_buffers: bool) -> nn.Module
     twin = copy.deepcopy(model, memo)
     to_plain(twin, mask)
     return twin
-
-
-@contextmanager
-def untouched_randomness() -> Iterator[None]:
-    """Put every global random state back afterwards: PyTorch's on all devices, NumPy's and Python's."""
-    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 the user's global state
-    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
-    try:
-        with torch.random.fork_rng(devices):
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)  # noqa: NPY002
 
 
 def own_inputs(args: Sequence[Value], kwargs: dict[str, Value]) -> tuple[Sequence[Value], dict[str, Value]]:

@@ -10,11 +10,11 @@ from torch import nn
 from reconmtl.errors import LayerMatchError, SplitError, nearest
 from reconmtl.layers import ROOT, find_layers, match_layers
 from reconmtl.plan import Partition, Plan
+from reconmtl.randomness import untouched_randomness
 from reconmtl.splitting.adapted import adapt
 from reconmtl.splitting.calls import FAST_PATHS
 from reconmtl.splitting.groups import Family, refine
 from reconmtl.splitting.initialisation import fresh
-from reconmtl.splitting.ownership import untouched_randomness
 from reconmtl.splitting.refusals import check_layers, check_model
 from reconmtl.splitting.storage import Root, plain_tensors, record, split_parameters
 from reconmtl.splitting.structure import Value

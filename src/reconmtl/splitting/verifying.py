@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from reconmtl.errors import SplitError
 from reconmtl.layers import TaskCopies
+from reconmtl.randomness import untouched_randomness
 from reconmtl.splitting.groups import MissingTaskError
 from reconmtl.splitting.outputs import get_task, is_keyed, select
-from reconmtl.splitting.ownership import Snapshot, own_inputs, plain_copy, untouched_randomness
+from reconmtl.splitting.ownership import Snapshot, own_inputs, plain_copy
 from reconmtl.splitting.storage import GroupTensors, Record, own_tensors, record
 from reconmtl.splitting.structure import Value, tensors
 
@@ -152,6 +153,8 @@ def _count_calls(twin: nn.Module) -> dict[str, int]:
         calls[name] = calls.get(name, 0) + 1
 
     for name, module in twin.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):  # has no hooks
+            continue
         module.register_forward_pre_hook(lambda *_, name=name: count(name))  # the twin is thrown away
     return calls
 
