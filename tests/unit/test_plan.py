@@ -77,7 +77,7 @@ def test_groups_are_kept_in_the_order_of_the_tasks() -> None:
 
 
 @given(partitions(), st.randoms(use_true_random=False))
-def test_the_order_of_groups_and_members_makes_no_difference(groups: list[list[str]], random: Any) -> None:  # noqa: ANN401
+def test_the_order_of_groups_and_members_makes_no_difference(groups: list[list[str]], random: Any) -> None:
     mixed = [random.sample(g, len(g)) for g in random.sample(groups, len(groups))]
     assert Plan(tasks=TASKS, layers={"fc": groups}) == Plan(tasks=TASKS, layers={"fc": mixed})
 
@@ -127,7 +127,7 @@ def test_a_layer_name_that_is_no_string_is_named() -> None:
 @pytest.mark.parametrize(
     "name", ["", "a.b", "a[0]", "a+b", " a", "forward", "training", "keys", "half", 3, ["a"], None]
 )
-def test_task_names_that_cannot_name_a_copy_are_refused(name: Any) -> None:  # noqa: ANN401
+def test_task_names_that_cannot_name_a_copy_are_refused(name: Any) -> None:
     with pytest.raises(PlanError, match="Task names must be"):
         check_tasks(["fine", name])
 
@@ -284,7 +284,7 @@ PUBLISHED = [
 
 
 @pytest.mark.parametrize(("make", "count", "size"), PUBLISHED)
-def test_controls_have_the_published_sizes(make: Any, count: int, size: float) -> None:  # noqa: ANN401
+def test_controls_have_the_published_sizes(make: Any, count: int, size: float) -> None:
     plan = make()
     assert (len(plan), megabytes(plan)) == (count, size)
     assert list(plan.layers) == [name for name in RESNET.network_layers if name in plan.layers]
@@ -345,7 +345,7 @@ def test_a_network_without_norms_says_so() -> None:
 
 
 @pytest.mark.parametrize("k", [0, -1, 5, 2.0, True, "2", None])
-def test_k_must_be_a_whole_number_of_layers(k: Any) -> None:  # noqa: ANN401
+def test_k_must_be_a_whole_number_of_layers(k: Any) -> None:
     for control in (Plan.first, Plan.last, Plan.smallest, Plan.random_layers):
         with pytest.raises(PlanError, match="expected a whole number from 1 to 4"):
             control(FOUR, k)
