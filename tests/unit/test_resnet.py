@@ -1,13 +1,17 @@
 """The networks of the paper: layers by name and order, sizes to four decimals, shapes, initial weights."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 from reconmtl.errors import PlanError, ProblemError
-from reconmtl.layers import Layer, find_layers
+from reconmtl.layers import Layer, find_layers, match_layers
 from reconmtl.networks.resnet import CELEBA_ATTRIBUTES, BasicBlock, celeba, multifashion
+from reconmtl.plan import Plan
+from reconmtl.splitting import cost, split, view
 
 
 def shared(model: nn.Module) -> list[Layer]:
@@ -61,6 +65,81 @@ def test_sizes_in_megabytes_are_the_published_ones() -> None:
     assert megabytes(count(model) + sum(x.numel for x in twice)) == 43.4256
     assert megabytes(count(model) + sum(x.numel for x in shared(model))) == 85.6213
     assert megabytes(2 * count(multifashion(tasks=["digit"]))) == 85.6213
+
+
+TASKS = ("digit", "fashion")
+CHOSEN = ["*bn?", "*.downsample.1", "conv1", "layer1.*.conv?"]  # the 25 layers that the paper's code ships
+
+
+def test_the_split_network_has_the_published_size_also_when_it_is_only_priced() -> None:
+    model = multifashion()
+    for layers, size in ((CHOSEN, 43.4256), ([x.name for x in shared(model)], 85.6213)):
+        plan = Plan(tasks=TASKS, layers=layers)
+        new = split(model, plan)
+        assert megabytes(count(new)) == size
+        assert round(cost(model, plan).megabytes, 4) == size
+        assert round(cost(new).megabytes, 4) == size
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(
+    "layers",
+    [
+        CHOSEN,
+        ["layer1.0.conv2"],  # inside a block without downsampling: every task keeps the skip connection
+        ["layer2.0.downsample.0", "layer3.1.bn1"],
+        ["layer4.1.bn2", "fc"],
+        ["*"],
+    ],
+)
+def test_the_split_network_is_the_original_function_until_it_is_trained(layers: list[str], training: bool) -> None:
+    torch.manual_seed(0)
+    model = multifashion(width=4)
+    x = torch.rand(6, 1, 36, 36)
+    model(torch.rand(32, 1, 36, 36))  # running statistics that are not the initial ones
+    names = match_layers(layers, [layer.name for layer in shared(model)])
+    new = split(model, Plan(tasks=TASKS, layers=names)).train(training)
+    model.train(training)
+    expected, outputs = copy.deepcopy(model)(x), new(x)
+    for task in TASKS:
+        assert torch.equal(outputs[task], expected[task])
+    optimizer = torch.optim.SGD(new.parameters(), lr=0.1)
+    sum(F.cross_entropy(o, torch.arange(6) + i) for i, o in enumerate(outputs.values())).backward()  # type: ignore[union-attr]
+    optimizer.step()
+    trained = new(x)
+    assert not any(torch.equal(trained[t], expected[t]) for t in TASKS)
+
+
+def test_retraining_the_split_network_is_training_two_networks_that_share_weights() -> None:
+    torch.manual_seed(0)
+    model = multifashion(width=2).double()
+    names = [x.name for x in shared(model)]
+    plan = Plan(tasks=TASKS, layers=match_layers(CHOSEN, names))
+    new = split(model, plan)
+    pair = {t: copy.deepcopy(model) for t in TASKS}
+    tied = {n: p for n, p in pair["digit"].named_parameters() if n.rpartition(".")[0] not in plan.layers}
+    for name in tied:
+        if not name.startswith("heads."):
+            owner, _, key = name.rpartition(".")
+            setattr(pair["fashion"].get_submodule(owner), key, tied[name])
+    both = {id(p): p for m in pair.values() for p in m.parameters()}
+    optimizers = [torch.optim.SGD(p, lr=0.05, momentum=0.9) for p in (list(new.parameters()), list(both.values()))]
+    draw = torch.Generator().manual_seed(1)
+    for _ in range(10):
+        x = torch.rand(8, 1, 36, 36, generator=draw, dtype=torch.float64)
+        targets = {t: torch.randint(0, 10, (8,), generator=draw) for t in TASKS}
+        outputs = new(x), {t: m(x)[t] for t, m in pair.items()}
+        for optimizer, out in zip(optimizers, outputs, strict=True):
+            optimizer.zero_grad()
+            sum(F.cross_entropy(out[t], targets[t]) for t in TASKS).backward()  # type: ignore[union-attr]
+            optimizer.step()
+    for task in TASKS:
+        alone = view(new, task)
+        states = alone.state_dict(), pair[task].state_dict()
+        for name, value in states[1].items():
+            if "heads." not in name or task in name:
+                key = name if name in states[0] else f"module.{name}"
+                torch.testing.assert_close(states[0][key], value, rtol=1e-9, atol=1e-12, msg=f"{task} {name}")
 
 
 def test_sizes_of_the_celeba_network_are_the_published_ones() -> None:
