@@ -104,7 +104,12 @@ class AdaptedRoot(Adapted):
 
     def __call__(self, *args: Value, **kwargs: Value) -> Value:
         """As the user's model; returns {task: output}."""
-        return call_root(self, cast(Record, self.__dict__[RECORD]), self._plain_call, args, kwargs)
+        enter = call_root
+        if (
+            torch.compiler.is_compiling()
+        ):  # branched values cannot be traced: torch.compile leaves a split model as it is
+            enter = torch.compiler.disable(call_root)
+        return enter(self, cast(Record, self.__dict__[RECORD]), self._plain_call, args, kwargs)
 
     def get_extra_state(self) -> Value:
         """The plan, as JSON in a byte tensor, so that a checkpoint can be loaded without the plan at hand."""
