@@ -22,6 +22,10 @@ from reconmtl.settings import METHODS, Preset, Settings
 T = TypeVar("T")
 
 
+SMOKE_BATCH = 32
+"""Samples per batch of a smoke test, at most: it is to end within a minute on any machine."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Decided:
     """Everything a study depends on, with no choice left open; saved as `config.json`."""
@@ -163,11 +167,12 @@ def _fill(
     return replace(
         decided,
         epochs=1,
+        batch_size=min(decided.batch_size, SMOKE_BATCH),
         milestones=(),
         probe_epochs=1,
         seeds=decided.seeds[:1],
         max_batches=2,
-        note="A smoke test on two batches: the numbers mean nothing.",
+        note="A smoke test on two small batches: the numbers mean nothing.",
     )
 
 

@@ -56,7 +56,7 @@ class Settings:
     overwrite: bool = False
     """Replace an existing folder."""
     fast_dev_run: bool = False
-    """Two batches of everything, to see that all of it runs; the numbers mean nothing."""
+    """Two small batches of everything, to see that all of it runs; the numbers mean nothing."""
     progress: Literal["auto", "always", "never"] = "auto"
     """Progress bars on stderr; auto shows them on a terminal."""
     json: bool = False

@@ -128,6 +128,8 @@ def test_a_smoke_test_is_one_epoch_of_two_batches_with_one_seed() -> None:
     found = settled(fast_dev_run=True, seeds=(4, 5), epochs=50)
     assert (found.epochs, found.milestones, found.probe_epochs, found.seeds, found.max_batches) == (1, (), 1, (4,), 2)
     assert "mean nothing" in found.note
+    assert found.batch_size == settled().batch_size <= 32
+    assert settled("multifashion", preset="demo", fast_dev_run=True).batch_size == 32
 
 
 def test_a_smoke_test_of_the_full_set_takes_the_mini_set_where_it_is_not_built(
