@@ -177,6 +177,62 @@ def test_verify_finds_a_value_under_two_names() -> None:
     split(net, plan("trunk.a"), sample=X, atomic=["trunk"])
 
 
+def test_values_that_pass_from_head_to_head_through_an_attribute_are_not_taken_for_shared() -> None:
+    class Noted(nn.Module):
+        def __init__(self, notes: dict[str, Tensor]) -> None:
+            super().__init__()
+            self.linear, self.notes = nn.Linear(6, 2), notes
+
+        def forward(self, x: Tensor) -> Tensor:
+            seen = sum(self.notes.values(), torch.zeros(()))
+            out = self.linear(x)
+            self.notes[str(len(self.notes))] = out.detach()
+            return cast(Tensor, out + seen)
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.trunk, notes = nn.Linear(6, 6), cast(dict[str, Tensor], {})
+            self.notes, self.heads = notes, nn.ModuleDict({t: Noted(notes) for t in TASKS})
+
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            self.notes.clear()
+            y = self.trunk(x)
+            return {t: h(y) for t, h in self.heads.items()}
+
+    net = Net()
+    model = split(net, plan("trunk"), sample=X)  # computes every head for every task: nothing can be pruned here
+    assert all(torch.equal(model(X)[t], net(X)[t]) for t in TASKS)
+
+
+def test_what_a_whole_module_appends_to_a_list_is_kept_per_task() -> None:
+    class Listing(nn.Module):
+        def __init__(self, losses: list[Tensor]) -> None:
+            super().__init__()
+            self.weight, self.losses = nn.Parameter(torch.ones(6)), losses
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.losses.append((x * self.weight).square().mean())
+            return x * self.weight
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.losses: list[Tensor] = []
+            self.stem, self.a, self.b = nn.Linear(6, 6), Listing(self.losses), Listing(self.losses)
+            self.heads = linear_heads(6, TASKS)
+
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            self.losses.clear()
+            y = self.b(self.a(self.stem(x)))
+            return {t: h(y) + torch.stack(self.losses).sum() for t, h in self.heads.items()}
+
+    net = Net()
+    for layer, options in [("stem", {}), ("a", {}), ("b", {}), ("a", {"mode": "loop"}), ("b", {"atomic": ["(root)"]})]:
+        model = split(net, plan(layer), sample=X, **cast(Any, options))
+        assert all(torch.equal(model(X)[t], net(X)[t]) for t in TASKS)
+
+
 # Before any change --------------------------------------------------------------------------------------------------
 
 

@@ -105,9 +105,7 @@ class AdaptedRoot(Adapted):
     def __call__(self, *args: Value, **kwargs: Value) -> Value:
         """As the user's model; returns {task: output}."""
         enter = call_root
-        if (
-            torch.compiler.is_compiling()
-        ):  # branched values cannot be traced: torch.compile leaves a split model as it is
+        if torch.compiler.is_compiling():  # branched values cannot be traced; a split model runs as it is
             enter = torch.compiler.disable(call_root)
         return enter(self, cast(Record, self.__dict__[RECORD]), self._plain_call, args, kwargs)
 

@@ -19,9 +19,9 @@ from reconmtl.splitting.branched import (
     pick,
     spread,
 )
-from reconmtl.splitting.faces import Face, keep_attributes, opened
+from reconmtl.splitting.faces import Collections, Face, keep_attributes, opened
 from reconmtl.splitting.groups import Family, Masks, complete, refine, union
-from reconmtl.splitting.storage import COPIES, Record, copies, record, refine_buffers, share_buffers
+from reconmtl.splitting.storage import COPIES, Record, base_class, copies, record, refine_buffers, share_buffers
 from reconmtl.splitting.structure import Value, tensors, transform
 
 Plain = Callable[..., Value]
@@ -58,7 +58,7 @@ def _owned(
     """Compute for the tasks that the module can reach alone; the result exists for them alone."""
     owner, family = rec.owner, rec.family
     masks = meet(found, f"{rec.name}(...)", (owner,)) if found else (owner,)
-    if masks == (owner,) and not _differs_inside(module):  # one branch and one copy: run it untouched, on plain tensors
+    if masks == (owner,) and _is_closed(module):  # one branch and one copy: run it untouched, on plain tensors
         check_untouched(found)
         out = plain(*pick(tuple(args), owner), **pick(kwargs, owner))
         return _limit(out, owner, family)
@@ -89,9 +89,16 @@ def _limit(value: Value, owner: int, family: Family) -> Value:
     return transform(value, leaf)
 
 
-def _differs_inside(module: nn.Module) -> bool:
-    """Whether anything at or below a module has copies."""
-    return any((r := record(m)) is not None and (r.params or r.buffers) for m in module.modules())
+def _is_closed(module: nn.Module) -> bool:
+    """Whether a module has neither copies nor user's code in it, which could pass plain values to other modules."""
+    for m in module.modules():
+        rec = record(m)
+        kind = type(m) if rec is None else base_class(m)
+        if m._forward_hooks or m._forward_pre_hooks or not kind.__module__.startswith("torch.nn.modules."):
+            return False
+        if rec is not None and (rec.params or rec.buffers):
+            return False
+    return True
 
 
 def whole(
@@ -128,15 +135,24 @@ def run_faces(
     faces: list[Face] = []
     results = []
     seen = _versions(masks, args, kwargs) if len(masks) > 1 else None
+    collections = Collections(module, rec.name)
     for m, (own, keywords) in zip(masks, spread(args, kwargs, masks), strict=True):
+        if collections.held:
+            collections.begin(m)
         face = Face(module, m)
         faces.append(face)
         results.append(face.module(*own, **keywords))
+        if collections.held:
+            collections.end()
         if seen is not None:
             _check_versions(seen, m, rec)
+    if collections.held:
+        collections.merge(masks, rec.family, outermost=rec.root is not None)
     keep_attributes(faces, masks, rec.family)
     unwatch(watched, module.training)
-    return join(results) if join else combine(results, masks, rec.family, f"{rec.name}(...)")
+    if join:
+        return join([pick(r, m) for r, m in zip(results, masks, strict=True)])
+    return combine(results, masks, rec.family, f"{rec.name}(...)")
 
 
 # Buffers that a call changes ----------------------------------------------------------------------------------------

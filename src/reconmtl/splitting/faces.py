@@ -1,5 +1,6 @@
 """Faces: a module of a split model as one group of tasks sees it, in its original classes, for one call."""
 
+import copy
 import types
 import weakref
 from collections.abc import Iterator, Sequence
@@ -26,6 +27,9 @@ from reconmtl.splitting.storage import (
     record,
 )
 from reconmtl.splitting.structure import Value, children
+
+STANDARD = frozenset(nn.Module().__dict__)
+"""Attributes that every module has."""
 
 
 class Face:
@@ -149,6 +153,54 @@ def keep_attributes(faces: Sequence[Face], masks: Masks, family: Family) -> None
             module.__dict__[name] = merged
             if rec is not None and (isinstance(merged, PerTask) or _holds_branches(merged)):
                 rec.held.add(name)
+
+
+class Collections:
+    """Lists and dicts in attributes at or below a module: each call starts with what they held, and fills them anew.
+
+    They stay the same objects, so that others who hold them (a loss that sums up what layers noted) see the same.
+    """
+
+    def __init__(self, module: nn.Module, where: str) -> None:
+        self.where = where
+        self.held = [v for m in module.modules() for v in _collections(m)] if module._modules else _collections(module)
+        self.start = [copy.copy(v) for v in self.held]
+        self.ends: list[list[Value]] = []
+
+    def begin(self, mask: int) -> None:
+        """Put back what they held, as one group of tasks sees it."""
+        for v, start in zip(self.held, self.start, strict=True):
+            if self.ends or _holds_branches(start):
+                _fill(v, pick(start, mask))
+
+    def end(self) -> None:
+        """Note what the call left in them."""
+        self.ends.append([copy.copy(v) for v in self.held])
+
+    def merge(self, masks: Masks, family: Family, *, outermost: bool) -> None:
+        """Fill them with what all calls left, one entry for all groups; numbers noted by whole networks may differ."""
+        for v, *ends in zip(self.held, *self.ends, strict=True):
+            try:
+                _fill(v, combine(ends, masks, family, f"what {self.where} noted in a {type(v).__name__}"))
+            except SplitError:
+                if not outermost:
+                    raise
+
+
+def _collections(module: nn.Module) -> list[Value]:
+    rec = record(module)
+    kind = type(module) if rec is None else base_class(module)
+    if kind.__module__.startswith("torch.nn."):
+        return []
+    return [v for k, v in module.__dict__.items() if type(v) in (list, dict) and k not in STANDARD]
+
+
+def _fill(collection: Value, content: Value) -> None:
+    if isinstance(collection, list):
+        collection[:] = content
+    else:
+        collection.clear()
+        collection.update(content)
 
 
 def _holds_branches(value: Value) -> bool:

@@ -145,10 +145,8 @@ def read(module: nn.Module, name: str) -> Value:
     of, groups = ("_parameters", rec.param_groups) if name in rec.params else ("_buffers", rec.buffer_groups)
     box = copies(module)._modules
     vals = [cast(Value, getattr(box[rec.family.label(m)], of)[name]) for m in groups]
-    value = make(rec.family, groups, vals)
-    if of == "_parameters":
-        value._is_param = True  # isinstance(value, nn.Parameter), as code that looks at weights expects
-    return value
+    # No nn.Parameter: another module could register it, and would hold all copies as one (SyncBatchNorm's conversion).
+    return make(rec.family, groups, vals)
 
 
 def write(module: nn.Module, name: str, value: Value) -> None:

@@ -48,8 +48,8 @@ def call_arguments(sample: object) -> tuple[tuple[Value, ...], dict[str, Value]]
 def verify(split_model: nn.Module, sample: object) -> Verified:
     """Check on one sample that every task's output and gradient are those of an ordinary network of its own.
 
-    Runs in train mode (with dropout off) and in eval mode; parameters, gradients, buffers, modes and random state
-    stay as they are. What the model learns from its first call, it learns here.
+    Runs in train mode (with dropout off) and in eval mode, with copies moved apart a little, and puts parameters,
+    gradients, buffers, modes and random state back. What the model learns from its first call, it learns here.
 
     Args:
         split_model: What `split` returned.
@@ -74,7 +74,7 @@ def _verify(model: nn.Module, rec: Record, sample: object) -> Verified:
     done, random = [], []
     worst = [0.0, 0.0]
     for mode in ("train", "eval"):
-        with untouched_randomness(), _mode(model, training=mode == "train"), torch.enable_grad():
+        with untouched_randomness(), _mode(model, training=mode == "train"), _told_apart(model), torch.enable_grad():
             outcome = _compare(model, rec, sample, mode)
         if outcome is None:
             random.append(mode)
@@ -102,6 +102,25 @@ def _mode(model: nn.Module, *, training: bool) -> Iterator[None]:
             m.training = flag
             if isinstance(m, (nn.RNNBase, nn.MultiheadAttention)):
                 m.__dict__["dropout"] = dropout
+
+
+@contextmanager
+def _told_apart(model: nn.Module) -> Iterator[None]:
+    """Move the copies apart, so that one task's value in another task's place shows, and put them back."""
+    generator = torch.Generator().manual_seed(0)
+    before = []
+    try:
+        for p in {id(p): p for m in model.modules() if isinstance(m, GroupTensors) for p in m.parameters()}.values():
+            if p.is_floating_point() or p.is_complex():
+                noise = torch.rand(p.shape, generator=generator).to(
+                    p.device, p.real.dtype if p.is_complex() else p.dtype
+                )
+                before.append((p, p.data))
+                p.data = p.data * (1 + 0.05 * noise) + 0.01 * noise
+        yield
+    finally:
+        for p, data in before:
+            p.data = data
 
 
 def _compare(model: nn.Module, rec: Record, sample: object, mode: str) -> tuple[float, float] | None:
