@@ -453,6 +453,18 @@ def test_a_trunk_alone(x: Tensor) -> None:
     assert torch.equal(view(model, "a")(x), trunk(x))
 
 
+@pytest.mark.parametrize("mode", ["branch", "loop"])
+@pytest.mark.parametrize("leaf", [nn.Linear(6, 2), nn.GRU(6, 2)], ids=str)
+def test_a_single_layer_is_a_model_too(leaf: nn.Module, mode: str) -> None:
+    x = torch.randn(4, 6)
+    model = split(leaf, plan("(root)"), mode=mode, sample=x)
+    out = model(x)
+    assert list(out) == list(TASKS)
+    first = out["a"][0] if isinstance(out["a"], tuple) else out["a"]
+    assert type(first) is Tensor
+    assert {n.split(".")[1] for n in model.state_dict() if "." in n} == set(TASKS)
+
+
 # Refusals -----------------------------------------------------------------------------------------------------------
 
 

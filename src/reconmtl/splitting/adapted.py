@@ -38,6 +38,7 @@ def adapt(module: nn.Module, family: Family, name: str, **fields: Value) -> Reco
     rec = record(module)
     if rec is None:
         rec = Record(family, name, (tuple(module._parameters), tuple(module._buffers)), family.full)
+        rec.kernel = not module._modules and type(module).__module__.startswith("torch.nn.modules.")
         module.__dict__[RECORD] = rec
         kinds = _RECURRENT if isinstance(module, nn.RNNBase) else (Adapted, AdaptedRoot)
         set_class(module, kinds["root" in fields])

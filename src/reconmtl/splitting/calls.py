@@ -91,7 +91,7 @@ def _limit(value: Value, owner: int, family: Family) -> Value:
 
 def _is_closed(module: nn.Module) -> bool:
     """Whether a module has neither copies nor user's code in it, which could pass plain values to other modules."""
-    for m in module.modules():
+    for m in module.modules() if module._modules else (module,):
         rec = record(m)
         kind = type(m) if rec is None else base_class(m)
         if m._forward_hooks or m._forward_pre_hooks or not kind.__module__.startswith("torch.nn.modules."):
@@ -131,23 +131,25 @@ def run_faces(
     join: Callable[[list[Value]], Value] | None = None,
 ) -> Value:
     """Call one face per group and combine the results and what the calls assigned."""
+    calls = zip(masks, spread(args, kwargs, masks), strict=True)
+    if rec.kernel and join is None and not module._forward_hooks and not module._forward_pre_hooks:
+        # PyTorch's own leaves neither assign attributes nor change their input
+        results = [Face(module, m).module(*own, **keywords) for m, (own, keywords) in calls]
+        return combine(results, masks, rec.family, f"{rec.name}(...)")
     watched = watch(module, masks)
     faces: list[Face] = []
     results = []
     seen = _versions(masks, args, kwargs) if len(masks) > 1 else None
     collections = Collections(module, rec.name)
-    for m, (own, keywords) in zip(masks, spread(args, kwargs, masks), strict=True):
-        if collections.held:
-            collections.begin(m)
+    for m, (own, keywords) in calls:
+        collections.begin(m)
         face = Face(module, m)
         faces.append(face)
         results.append(face.module(*own, **keywords))
-        if collections.held:
-            collections.end()
+        collections.end()
         if seen is not None:
             _check_versions(seen, m, rec)
-    if collections.held:
-        collections.merge(masks, rec.family, outermost=rec.root is not None)
+    collections.merge(masks, rec.family, outermost=rec.root is not None)
     keep_attributes(faces, masks, rec.family)
     unwatch(watched, module.training)
     if join:

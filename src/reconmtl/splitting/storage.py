@@ -55,6 +55,7 @@ class Record:
         owner: The tasks whose outputs this module can reach; all, as long as nothing is known.
         atomic: Whether it runs whole, once per group, on plain tensors.
         stats: Its buffers become per-task where its input is: "always", "watch" (if a call changes them) or "never".
+        kernel: It is one of PyTorch's own leaf modules, which call nothing of the user's.
         held: Names of Python attributes whose value differs between groups.
         root: Set for the outermost module.
     """
@@ -69,6 +70,7 @@ class Record:
     buffer_groups: Masks = ()
     atomic: bool = False
     stats: str = "never"
+    kernel: bool = False
     held: set[str] = field(default_factory=set)
     root: Root | None = None
 
