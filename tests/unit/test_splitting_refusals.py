@@ -233,6 +233,33 @@ def test_what_a_whole_module_appends_to_a_list_is_kept_per_task() -> None:
         assert all(torch.equal(model(X)[t], net(X)[t]) for t in TASKS)
 
 
+NOTES: list[Tensor] = []
+
+
+class Noting(nn.Module):
+    """Leaves a value in a place that nobody can follow."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        NOTES[:] = [(x * self.weight).detach()]
+        return x
+
+
+class Reading(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + NOTES[0]
+
+
+def test_verify_finds_what_passes_between_tasks_through_a_global() -> None:
+    net = Headed(nn.Sequential(nn.Linear(6, 6), Noting(), Reading()), 6, TASKS)
+    with pytest.raises(SplitError, match="output differs"):
+        split(net, plan("trunk.0"), sample=X)
+    split(net, plan("trunk.0"), sample=X, atomic=["trunk"])
+
+
 # Before any change --------------------------------------------------------------------------------------------------
 
 

@@ -9,10 +9,11 @@ from torch import Tensor, nn
 
 from reconmtl.errors import SplitError
 from reconmtl.layers import TaskCopies
-from reconmtl.splitting.branched import Branched, SharedWriteError, collect
+from reconmtl.splitting.branched import Branched, collect
 from reconmtl.splitting.calls import call, prepare, run_faces, whole
 from reconmtl.splitting.faces import Face
 from reconmtl.splitting.groups import Family, Masks, MissingTaskError, complete, refine
+from reconmtl.splitting.mapping import SharedWriteError
 from reconmtl.splitting.outputs import assemble, deliver
 from reconmtl.splitting.ownership import Snapshot, module_masks, recorded_masks
 from reconmtl.splitting.storage import (
@@ -177,9 +178,8 @@ def check_plan(mine: dict[str, object], state: object) -> None:
         if theirs.get(key) != mine[key]:
             raise SplitError(
                 f"This state belongs to a model that was split otherwise; its plan's {key} are "
-                f"{str(theirs.get(key))[:300]}, "
-                f"this model's are {str(mine[key])[:300]}. Split with the plan that it holds: `rm.split(model, "
-                "saved_plan(state))`."
+                f"{str(theirs.get(key))[:300]}, this model's are {str(mine[key])[:300]}. Split with the plan that it "
+                "holds: `rm.split(model, saved_plan(state))`."
             )
 
 
@@ -317,8 +317,7 @@ def learn(module: nn.Module, args: tuple[Value, ...], kwargs: dict[str, Value]) 
         if not mine:
             faults.append(
                 f"{r.name}: none of its parameters reaches an output of this call (or only through re-entrant "
-                "checkpointing "
-                "or torch.no_grad(), which hide it), so that copies would learn nothing"
+                "checkpointing or torch.no_grad(), which hide it), so that copies would learn nothing"
             )
         elif mine & (mine - 1) == 0 and len(family.tasks) > 1:
             faults.append(f"{r.name}: it reaches the output of {family.label(mine)!r} alone, so that nothing is shared")

@@ -9,14 +9,14 @@ autograd Function, a C++ extension, vmap) can see a branched value without an er
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from reconmtl.errors import SplitError
-from reconmtl.splitting.functions import METADATA, getters, name_of, writes
+from reconmtl.splitting.functions import name_of
 from reconmtl.splitting.groups import Family, Masks, MissingTaskError, locate, refine, union
 from reconmtl.splitting.structure import Value, children, holds_nothing, rebuild
 
@@ -27,20 +27,13 @@ WAYS_OUT = (
 )
 
 
-class SharedWriteError(SplitError, TypeError):
-    """Per-task values written in place into a shared tensor.
-
-    A TypeError, because that is how CPython learns that `shared += branched` has no in-place form: it then computes
-    `shared = shared + branched`, which is what the user means. An explicit `shared.add_(branched)` shows the message.
-    """
-
-
 class Branched(Tensor):
     """One tensor per group of tasks; made by `make`."""
 
     family: Family
     masks: Masks
     vals: tuple[Tensor, ...]
+    mapped: ClassVar[Callable[..., Value]]  # set by `mapping`, which builds on this file
 
     @classmethod
     def __torch_function__(
@@ -51,8 +44,7 @@ class Branched(Tensor):
         kwargs: dict[str, Value] | None = None,
     ) -> Value:
         """Map a call over the branches."""
-        rule = _RULES.get(func)
-        return rule(func, args, kwargs or {}) if rule is not None else run(func, args, kwargs or {})
+        return cls.mapped(func, args, kwargs or {})
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -113,13 +105,14 @@ def missing(value: Branched, mask: int) -> MissingTaskError:
     """The error for a task that a value does not exist for."""
     have, want = value.family.names(union(value.masks)), value.family.names(mask & ~union(value.masks))
     return MissingTaskError(
-        f"A value that was found to matter for {_tasks(have)} alone is needed for {_tasks(want)}. The forward takes "
-        "another path than in the call from which this was learned; call the model again (it now computes every value "
-        "for every task), or use mode='loop'."
+        f"A value that was found to matter for {tasks_text(have)} alone is needed for {tasks_text(want)}. The forward "
+        "takes another path than in the call from which this was learned; call the model again (it now computes every "
+        "value for every task), or use mode='loop'."
     )
 
 
-def _tasks(names: Sequence[str]) -> str:
+def tasks_text(names: Sequence[str]) -> str:
+    """Task names as they stand in messages."""
     return ("task " if len(names) == 1 else "tasks ") + ", ".join(repr(n) for n in names)
 
 
@@ -187,7 +180,7 @@ def meet(found: Sequence[Branched], what: str, *partitions: Masks) -> Masks:
     if len(found) > 1 and any(b.family is not first.family and b.family != first.family for b in found):
         raise SplitError(f"{what}: values of two different split models meet. Split the outer model instead.")
     if not masks:
-        owners = " and ".join(dict.fromkeys(_tasks(b.family.names(union(b.masks))) for b in found))
+        owners = " and ".join(dict.fromkeys(tasks_text(b.family.names(union(b.masks))) for b in found))
         raise MissingTaskError(
             f"{what} combines values that were found to matter for {owners} alone. The forward takes another path than "
             "in the call from which this was learned; call the model again, or use mode='loop'."
@@ -202,38 +195,12 @@ def check_untouched(found: Sequence[Branched]) -> None:
             if b.grad_fn is not None:
                 raise SplitError(
                     f"A value that differs between tasks has been through {b.grad_fn.name()}, a custom autograd "
-                    "Function "
-                    "(or re-entrant checkpointing, or a full backward hook), which cannot see the tasks; its gradient "
-                    "would "
-                    f"be lost. Use checkpointing with use_reentrant=False. {WAYS_OUT}"
+                    "Function (or re-entrant checkpointing, or a full backward hook), which cannot see the tasks; its "
+                    f"gradient would be lost. Use checkpointing with use_reentrant=False. {WAYS_OUT}"
                 )
 
 
-# Mapping a call over branches ---------------------------------------------------------------------------------------
-
-
-def run(func: Callable[..., Value], args: Sequence[Value], kwargs: dict[str, Value]) -> Value:
-    """Call `func` once per group of tasks and combine what comes back."""
-    found = gather(args, kwargs)
-    if torch.is_grad_enabled():
-        check_untouched(found)
-    first = found[0]
-    masks = first.masks
-    for b in found:
-        if b.masks != masks:
-            masks = meet(found, name_of(func))
-            break
-    if writes(func) or (kwargs and (kwargs.get("inplace") or kwargs.get("out") is not None)):
-        return _write(func, args, kwargs, found, masks)
-    results = [func(*a, **k) for a, k in spread(args, kwargs, masks)]
-    r = results[0]
-    if isinstance(r, Tensor):
-        for other in results:
-            if other is not r:
-                return make(first.family, masks, results)
-        if len(results) == 1:
-            return make(first.family, masks, results)
-    return combine(results, masks, first.family, func)
+# Putting results together -----------------------------------------------------------------------------------------
 
 
 def combine(results: Sequence[Value], masks: Masks, family: Family, func: Callable[..., Value] | str) -> Value:
@@ -245,7 +212,7 @@ def combine(results: Sequence[Value], masks: Masks, family: Family, func: Callab
     first = results[0]
     if isinstance(first, Tensor):
         if not all(isinstance(r, Tensor) for r in results):
-            raise _differs(func, masks, family, results)
+            raise differs(func, masks, family, results)
         vals = [r.part(m) if type(r) is Branched else r for r, m in zip(results, masks, strict=True)]
         if all(v is vals[0] for v in vals) and union(masks) == family.full:
             return vals[0]
@@ -253,21 +220,21 @@ def combine(results: Sequence[Value], masks: Masks, family: Family, func: Callab
     members = children(first)
     if members is None:
         if len(results) > 1 and not all(_agree(first, r) for r in results[1:]):
-            raise _differs(func, masks, family, results)
+            raise differs(func, masks, family, results)
         if union(masks) != family.full and isinstance(first, (bool, int, float, complex)) and not isinstance(func, str):
             raise MissingTaskError(
                 f"{name_of(func)} takes a Python value from a tensor that exists for "
-                f"{_tasks(family.names(union(masks)))} "
-                "alone; what is done with it cannot be followed. Keep it a tensor, or use mode='loop'."
+                f"{tasks_text(family.names(union(masks)))} alone; what is done with it cannot be followed. Keep it a "
+                "tensor, or use mode='loop'."
             )
         return first
     every = [children(r) for r in results]
     if any(
         type(r) is not type(first) or m is None or len(m) != len(members) for r, m in zip(results, every, strict=True)
     ):
-        raise _differs(func, masks, family, results)
+        raise differs(func, masks, family, results)
     if isinstance(first, dict) and any(list(r) != list(first) for r in results):
-        raise _differs(func, masks, family, results)
+        raise differs(func, masks, family, results)
     columns = zip(*(m for m in every if m is not None), strict=True)
     return rebuild(first, [combine(column, masks, family, func) for column in columns])
 
@@ -285,134 +252,11 @@ def _agree(a: Value, b: Value) -> bool:
         return False
 
 
-def _differs(func: Callable[..., Value] | str, masks: Masks, family: Family, results: Sequence[Value]) -> SplitError:
+def differs(func: Callable[..., Value] | str, masks: Masks, family: Family, results: Sequence[Value]) -> SplitError:
+    """The error for Python values that depend on the task."""
     name = func if isinstance(func, str) else name_of(func)
     shown = "; ".join(f"{family.label(m)}: {str(r)[:60]}" for m, r in zip(masks, results, strict=True))
     return SplitError(
         f"{name} gives Python values that differ between tasks ({shown}), so that what follows would depend on the "
-        "task. "
-        f"Keep it a tensor (torch.where instead of `if`). {WAYS_OUT}"
+        f"task. Keep it a tensor (torch.where instead of `if`). {WAYS_OUT}"
     )
-
-
-# Writing in place ---------------------------------------------------------------------------------------------------
-
-
-def _write(
-    func: Callable[..., Value], args: Sequence[Value], kwargs: dict[str, Value], found: Sequence[Branched], masks: Masks
-) -> Value:
-    out = kwargs.get("out")
-    target = out if out is not None else args[0] if args else next(iter(kwargs.values()))
-    name = name_of(func)
-    if (
-        out is not None
-        and type(out) is not Branched
-        and any(type(t) is not Branched for t in (children(out) or (out,)))
-    ):
-        raise _shared_write(name, found[0])
-    if type(target) is not Branched and out is None:
-        raise _shared_write(name, found[0])
-    targets: list[Branched] = []
-    collect(target, targets)
-    for t in targets:
-        if t.masks != masks:  # one branch of the target would have to take different values, or values are missing
-            raise _shared_write(name, t)
-        if len(masks) > 1:
-            _check_memory(name, t)
-    setter = getattr(func, "__name__", "") == "__set__"
-    results = []
-    for values, keywords in spread(args, kwargs, masks):
-        if setter and len(masks) > 1 and isinstance(values[1], Tensor) and type(args[1]) is not Branched:
-            values = (values[0], values[1].clone())  # or all copies would share the assigned memory
-        results.append(func(*values, **keywords))
-    for t in targets:
-        with _C.DisableTorchFunctionSubclass():
-            if not t.requires_grad and any(v.requires_grad for v in t.vals):
-                t.requires_grad_(True)
-    if type(target) is Branched and all(r is v for r, v in zip(results, target.vals, strict=True)):
-        return target
-    return combine(results, masks, found[0].family, func)
-
-
-def _shared_write(name: str, value: Branched) -> SharedWriteError:
-    return SharedWriteError(
-        f"{name} writes values that differ between tasks ({', '.join(value.family.label(m) for m in value.masks)}) in "
-        "place "
-        f"into a tensor that these tasks share. Write `x = x + y` instead of `x.add_(y)`, or clone the tensor first. "
-        f"{WAYS_OUT}"
-    )
-
-
-def _check_memory(name: str, target: Branched) -> None:
-    try:
-        memory = {v.untyped_storage()._cdata for v in target.vals}
-    except (RuntimeError, NotImplementedError):  # functorch's and sparse tensors have no storage to compare
-        return
-    if len(memory) < len(target.vals):
-        raise SplitError(
-            f"{name} changes a value in place whose branches share memory ({target!r}, a view of a shared tensor): one "
-            f"task's change would reach the others. Clone it first, or compute out of place. {WAYS_OUT}"
-        )
-
-
-# Functions with a rule of their own ---------------------------------------------------------------------------------
-
-
-def _metadata(func: Callable[..., Value], args: Sequence[Value], kwargs: dict[str, Value]) -> Value:
-    value = args[0]
-    if type(value) is not Branched:
-        return run(func, args, kwargs)
-    first = func(value.vals[0], *args[1:], **kwargs)
-    for v in value.vals[1:]:
-        if func(v, *args[1:], **kwargs) != first:
-            results = [func(v, *args[1:], **kwargs) for v in value.vals]
-            raise _differs(func, value.masks, value.family, results)
-    return first
-
-
-def _needs_grad(_: Callable[..., Value], args: Sequence[Value], __: dict[str, Value]) -> bool:
-    return any(v.requires_grad for v in args[0].vals)
-
-
-class _Handles:
-    """Removes the hooks of all branches."""
-
-    def __init__(self, handles: Sequence[Value]) -> None:
-        self.handles = handles
-
-    def remove(self) -> None:
-        """Remove every one of them."""
-        for h in self.handles:
-            h.remove()
-
-
-def _hook(func: Callable[..., Value], args: Sequence[Value], kwargs: dict[str, Value]) -> Value:
-    return _Handles([func(v, *args[1:], **kwargs) for v in args[0].vals])
-
-
-def _statistics(func: Callable[..., Value], args: Sequence[Value], kwargs: dict[str, Value]) -> Value:
-    """Batch normalisation called as a function: shared running statistics cannot be updated from here."""
-    names = ("input", "running_mean", "running_var", "weight", "bias", "training")
-    given = {**dict(zip(names, args, strict=False)), **kwargs}
-    updates = given.get("training") if func is F.batch_norm else given.get("use_input_stats", True)
-    x, mean = given.get("input"), given.get("running_mean")
-    if updates and mean is not None and type(mean) is not Branched and type(x) is Branched:
-        raise SplitError(
-            f"{name_of(func)} updates running statistics that all tasks share with values that differ between tasks, "
-            f"outside a normalisation layer's own call. {WAYS_OUT}"
-        )
-    return run(func, args, kwargs)
-
-
-def _gradient(func: Callable[..., Value], args: Sequence[Value], kwargs: dict[str, Value]) -> Value:
-    """torch.autograd.grad inside a forward: branches may share graph, which has to outlive all but the last."""
-    return run(func, args, {**kwargs, "retain_graph": True})
-
-
-_RULES: dict[Callable[..., Value], Callable[..., Value]] = {
-    **dict.fromkeys(METADATA, _metadata),
-    **dict.fromkeys(getters("requires_grad"), _needs_grad),
-    **dict.fromkeys([Tensor.register_hook, Tensor.register_post_accumulate_grad_hook], _hook),
-    **dict.fromkeys([F.batch_norm, F.instance_norm], _statistics),
-    torch.autograd.grad: _gradient,
-}

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from reconmtl.splitting.branched import (
     Branched,
-    SharedWriteError,
     check_untouched,
     combine,
     gather,
@@ -21,6 +20,7 @@ from reconmtl.splitting.branched import (
 )
 from reconmtl.splitting.faces import Collections, Face, keep_attributes, opened
 from reconmtl.splitting.groups import Family, Masks, complete, refine, union
+from reconmtl.splitting.mapping import SharedWriteError
 from reconmtl.splitting.storage import COPIES, Record, base_class, copies, record, refine_buffers, share_buffers
 from reconmtl.splitting.structure import Value, tensors, transform
 
@@ -241,7 +241,6 @@ def _check_versions(seen: list[_Input], mask: int, rec: Record) -> None:
         else:
             raise SharedWriteError(
                 f"{rec.name} changes its input in place, but is run once per task ({rec.family.label(mask)} first) on "
-                "an "
-                f"input that tasks share: the next one would see the change. Let {rec.name} compute out of place "
+                f"an input that tasks share: the next one would see the change. Let {rec.name} compute out of place "
                 "(inplace=False), or clone its input before the call."
             )

@@ -34,8 +34,7 @@ def fresh(new: nn.Module, model: nn.Module, layers: Sequence[str]) -> None:
         if reset is None:
             raise SplitError(
                 f"{name} ({type(original).__name__}) has no reset_parameters() to draw fresh copies with. Give its "
-                "class one, "
-                "or use init='copy'."
+                "class one, or use init='copy'."
             )
         for mask in rec.param_groups:
             twin = copy.deepcopy(original)

@@ -84,8 +84,7 @@ def _tied(modules: dict[str, nn.Module], planned: dict[str, nn.Module], layers: 
         if rest:
             out.append(
                 f"{shown} are one parameter (tied); splitting {split} alone would untie it. Name all of {names} in the "
-                "plan "
-                "(then it is tied within each task), or none"
+                "plan (then it is tied within each task), or none"
             )
         elif len({layers[n] for n in split}) > 1:
             out.append(
@@ -102,7 +101,6 @@ def _held(model: nn.Module, planned: dict[str, nn.Module]) -> list[str]:
         if id(tensor) in own and not (isinstance(module, nn.RNNBase) and attribute.startswith("_flat_weight")):
             out.append(
                 f"{own[id(tensor)]} is also held in the attribute {names[id(module)]}.{attribute}, which would keep "
-                "pointing at "
-                "one task's copy; read the parameter from its module in forward instead"
+                "pointing at one task's copy; read the parameter from its module in forward instead"
             )
     return out

@@ -158,8 +158,7 @@ def write(module: nn.Module, name: str, value: Value) -> None:
     if not isinstance(value, Tensor) or (is_param and not isinstance(value, nn.Parameter)):
         raise SplitError(
             f"{rec.name}.{name} has one copy per task and cannot become {type(value).__name__}; assign to the copies "
-            "in "
-            f"`{rec.name}.per_task` instead."
+            f"in `{rec.name}.per_task` instead."
         )
     groups = rec.param_groups if is_param else rec.buffer_groups
     if not is_param and type(value) is Branched and refine(groups, complete(value.masks, rec.family.full)) != groups:

@@ -43,7 +43,9 @@ def view(model: nn.Module, task: str) -> View:
     """Restrict a model to one task, sharing every tensor with it.
 
     A view trains, exports and compiles like the original network. Make it anew after `model.to(...)`, which replaces
-    buffers, and after a call in another mode that gives further layers their own statistics.
+    buffers, and after a call in another mode that gives further layers their own statistics. A view runs the user's
+    whole forward: where that calls one normalisation for one task after the other (attention on shared blocks), all of
+    these calls update the view's statistics, as in the unsplit model.
 
     Args:
         model: A split model, or any model whose forward returns a mapping (or fields) by task.
