@@ -319,7 +319,9 @@ def test_scripted_models_are_refused() -> None:
     inner = Headed(nn.Sequential(nn.Linear(6, 6), torch.jit.script(nn.Linear(6, 6))), 6, TASKS)
     with pytest.raises(SplitError, match=r"trunk\.1"):
         split(inner, plan("trunk.1"))
-    split(inner, plan("trunk.0"), sample=X)  # calling one with branched values works
+    model = split(inner, plan("trunk.0"), sample=X)  # calling one with branched values works
+    with pytest.raises(SplitError, match=r"rm\.view"):
+        torch.jit.script(model)
 
 
 def test_a_reserved_name_is_refused() -> None:

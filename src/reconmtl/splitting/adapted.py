@@ -83,6 +83,18 @@ class Adapted(nn.Module):
         assert isinstance(reduced, tuple)
         return (_new, type(self)._reconmtl_key, *reduced[2:])  # type: ignore[attr-defined]
 
+    def _replicate_for_data_parallel(self) -> Value:
+        raise SplitError(
+            "DataParallel runs copies of a model in threads, which a split model cannot be in. Use "
+            "DistributedDataParallel."
+        )
+
+    def __prepare_scriptable__(self) -> Value:
+        """Called by torch.jit.script."""
+        raise SplitError(
+            "A split model is no TorchScript: script one task's network, `rm.view(model, task).module`, or export it."
+        )
+
     def _load_from_state_dict(
         self, state_dict: dict[str, Value], prefix: str, local_metadata: dict[str, Value], strict: bool,
         missing_keys: list[str], unexpected_keys: list[str], error_msgs: list[str],
@@ -106,10 +118,15 @@ class AdaptedRoot(Adapted):
 
     def __call__(self, *args: Value, **kwargs: Value) -> Value:
         """As the user's model; returns {task: output}."""
+        rec = cast(Record, self.__dict__[RECORD])
         enter = call_root
+        if torch.compiler.is_exporting() and rec.root is not None and not rec.root.learned:
+            raise SplitError(
+                "A split model has to run once before it is exported: give `split(..., sample=batch)`, or call it."
+            )
         if torch.compiler.is_compiling():  # branched values cannot be traced; a split model runs as it is
             enter = torch.compiler.disable(call_root)
-        return enter(self, cast(Record, self.__dict__[RECORD]), self._plain_call, args, kwargs)
+        return enter(self, rec, self._plain_call, args, kwargs)
 
     def get_extra_state(self) -> Value:
         """The plan, as JSON in a byte tensor, so that a checkpoint can be loaded without the plan at hand."""

@@ -50,10 +50,12 @@ def run(func: Callable[..., Value], args: Sequence[Value], kwargs: dict[str, Val
     results = [func(*a, **k) for a, k in spread(args, kwargs, masks)]
     r = results[0]
     if isinstance(r, Tensor):
+        same = True
         for other in results:
-            if other is not r:
-                return make(first.family, masks, results)
-        if len(results) == 1:
+            same = same and other is r
+            if not isinstance(other, Tensor):
+                raise differs(func, masks, first.family, results)
+        if not same or len(results) == 1:
             return make(first.family, masks, results)
     return combine(results, masks, first.family, func)
 

@@ -10,11 +10,12 @@ import copy
 import functools
 import types
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 from weakref import WeakValueDictionary
 
+import torch
 from torch import Tensor, nn
 
 from reconmtl.errors import SplitError
@@ -30,6 +31,24 @@ MANAGED = frozenset(("_parameters", "_buffers", "_modules", "_flat_weights", "_f
 
 class GroupTensors(nn.Module):
     """The tensors of one layer that belong to one group of tasks."""
+
+
+class Copies(TaskCopies):
+    """The copies of one layer; nothing but this package puts anything in."""
+
+    def add_module(self, name: str, module: nn.Module | None) -> None:
+        """As of any module, once for each name.
+
+        Raises:
+            SplitError: When something that converts models walks through, such as SyncBatchNorm's conversion.
+        """
+        if name in self._modules:
+            raise SplitError(
+                "A conversion of modules has reached the copies of a split layer and would tear them from it. Convert "
+                "the "
+                "model first (nn.SyncBatchNorm.convert_sync_batchnorm, quantisation), then split it."
+            )
+        super().add_module(name, module)
 
 
 @dataclass
@@ -207,7 +226,7 @@ def forget_flat_weights(module: nn.RNNBase) -> None:
 
 def _move(module: nn.Module, of: str, names: Iterable[str], groups: Masks, memo: dict[tuple[int, int], Tensor]) -> None:
     rec = cast(Record, record(module))
-    box = module._modules.setdefault(COPIES, TaskCopies())
+    box = module._modules.setdefault(COPIES, Copies())
     assert isinstance(box, TaskCopies)
     box.train(module.training)
     for name in names:
@@ -229,14 +248,18 @@ def _store(box: TaskCopies, label: str, of: str, name: str, tensor: Tensor, pers
         child.register_buffer(name, tensor, persistent=persistent)
 
 
-def refine_buffers(module: nn.Module, groups: Masks, *, values: Callable[[str, int], Tensor] | None = None) -> None:
+def refine_buffers(module: nn.Module, groups: Masks) -> None:
     """Give every own buffer of a module one copy per group; later groups start from a copy of what they shared.
 
     Args:
         module: Any adapted module with buffers.
         groups: A refinement of the groups it has.
-        values: What to start from instead: (name, mask) -> tensor.
     """
+    with torch.inference_mode(False):  # the first call may be an inference; later ones may train
+        _refine_buffers(module, groups)
+
+
+def _refine_buffers(module: nn.Module, groups: Masks) -> None:
     rec = cast(Record, record(module))
     if not rec.buffers:
         rec.buffers = tuple(n for n, b in module._buffers.items() if b is not None)
@@ -252,7 +275,7 @@ def refine_buffers(module: nn.Module, groups: Masks, *, values: Callable[[str, i
     for m in groups:
         source = old[locate(old, (m,))[0]]
         for n in rec.buffers:
-            tensor = values(n, m) if values else cast(Tensor, held[source][n])
+            tensor = cast(Tensor, held[source][n])
             if id(tensor) in used:
                 tensor = clone(tensor)
             used.add(id(tensor))
