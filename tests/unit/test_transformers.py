@@ -318,13 +318,15 @@ def test_every_layer_alone_and_random_sets(name: str, training: bool) -> None:
 
 
 def tensors_of(value: Any) -> list[Tensor]:
-    """Every tensor in what a model returns."""
+    """Every tensor in what a model returns, key-value caches included."""
     if isinstance(value, Tensor):
         return [value]
     if isinstance(value, (list, tuple)):
         return [t for v in value for t in tensors_of(v)]
     if isinstance(value, Mapping):
         return [t for v in value.values() for t in tensors_of(v)]
+    if type(value).__module__.startswith("transformers."):
+        return [t for v in vars(value).values() for t in tensors_of(v)]
     return []
 
 
@@ -406,3 +408,51 @@ def test_experts_chosen_in_python_from_values_that_differ_are_refused_by_name() 
     perturb(model, 1.0)
     with pytest.raises(SplitError, match=r"layers\.[01]\.mlp.*atomic=\["):
         model(**tokens(3))
+
+
+# Key-value caches ---------------------------------------------------------------------------------------------------
+
+
+def llama() -> nn.Module:
+    return ARCHITECTURES["llama"].build().eval()
+
+
+QUERY = Plan(tasks=TASKS, layers=["layers.0.self_attn.q_proj"])
+
+
+def test_decoding_with_a_cache_goes_on_from_each_tasks_own() -> None:
+    net, steps = llama(), [tokens(4)["input_ids"], torch.tensor([[3], [7]]), torch.tensor([[8], [2]])]
+    model = split(net, QUERY, sample={**tokens(), "use_cache": False})
+    perturb(model, 0.3)
+    cache = tr.DynamicCache(config=net.config)
+    outs = [model(input_ids=ids, past_key_values=cache) for ids in steps]
+    for t in TASKS:
+        alone, own = llama(), tr.DynamicCache(config=net.config)
+        alone.load_state_dict(state_of(model, t))
+        for ids, out in zip(steps, outs, strict=True):
+            expected = alone(input_ids=ids, past_key_values=own)
+            assert torch.equal(out[t].last_hidden_state, expected.last_hidden_state)
+        assert all(torch.equal(a, b) for a, b in zip(tensors_of(outs[-1][t]), tensors_of(expected), strict=True))
+
+
+def test_a_first_call_leaves_a_given_cache_to_the_call_itself() -> None:
+    net = llama()
+    cache = tr.DynamicCache(config=net.config)
+    model = split(net, QUERY)
+    model(**tokens(4), past_key_values=cache)
+    assert cache.get_seq_length() == 4
+
+
+@pytest.mark.parametrize(
+    ("options", "cached"),
+    [({"mode": "loop"}, True), ({"atomic": ["layers.1.self_attn"]}, False)],
+    ids=["loop", "atomic"],
+)
+def test_a_cache_that_would_be_filled_once_per_task_is_refused(options: dict[str, Any], cached: bool) -> None:
+    net = llama()
+    model = split(net, QUERY, **options)
+    inputs = {**tokens(), "past_key_values": tr.DynamicCache(config=net.config)} if cached else tokens()
+    with pytest.raises(SplitError, match=r"DynamicCache.*use_cache=False"):
+        model(**inputs)
+    out = split(net, QUERY, **options)(**tokens(), use_cache=False)
+    assert all(torch.equal(out[t].last_hidden_state, net(**tokens()).last_hidden_state) for t in TASKS)

@@ -21,6 +21,7 @@ from reconmtl.splitting.branched import (
 from reconmtl.splitting.faces import Collections, Face, keep_attributes, opened
 from reconmtl.splitting.groups import Family, Masks, complete, refine, union
 from reconmtl.splitting.mapping import SharedWriteError
+from reconmtl.splitting.objects import versions
 from reconmtl.splitting.storage import COPIES, Record, base_class, copies, record, refine_buffers, share_buffers
 from reconmtl.splitting.structure import Value, tensors, transform
 
@@ -140,6 +141,7 @@ def run_faces(
     faces: list[Face] = []
     results = []
     seen = _versions(masks, args, kwargs) if len(masks) > 1 else None
+    held = versions((args, kwargs)) if len(masks) > 1 else None
     collections = Collections(module, rec.name)
     for m, (own, keywords) in calls:
         collections.begin(m)
@@ -149,6 +151,8 @@ def run_faces(
         collections.end()
         if seen is not None:
             _check_versions(seen, m, rec)
+        if held is not None:
+            _check_objects(held, (args, kwargs), rec)
     collections.merge(masks, rec.family, outermost=rec.root is not None)
     keep_attributes(faces, masks, rec.family)
     unwatch(watched, module.training)
@@ -244,3 +248,16 @@ def _check_versions(seen: list[_Input], mask: int, rec: Record) -> None:
                 f"an input that tasks share: the next one would see the change. Let {rec.name} compute out of place "
                 "(inplace=False), or clone its input before the call."
             )
+
+
+def _check_objects(before: list[tuple[Value, Tensor, int]], arguments: Value, rec: Record) -> None:
+    after = versions(arguments)
+    if len(after) == len(before) and all(a[1] is b[1] and a[2] == b[2] for a, b in zip(after, before, strict=True)):
+        return
+    kept = {id(t): v for _, t, v in before}
+    kind = next((type(h) for h, t, v in after if kept.get(id(t)) != v), object)
+    raise SharedWriteError(
+        f"{rec.name} writes into an object that it is called with ({kind.__name__}), but is run once per task: the "
+        "next one would see the change. Call it without (a key-value cache: use_cache=False), do not name it in "
+        "`atomic`, or call `rm.view(model, task)`."
+    )

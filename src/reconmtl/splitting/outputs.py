@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from reconmtl.errors import SplitError, nearest
-from reconmtl.splitting.branched import Branched, check_untouched, collect, pick
+from reconmtl.splitting.branched import Branched, check_untouched, collect
 from reconmtl.splitting.groups import Family
+from reconmtl.splitting.objects import holds_branches, unpack
 from reconmtl.splitting.structure import Value, tensors, with_items
 
 
@@ -84,12 +85,12 @@ def deliver(out: Value, family: Family) -> Value:
         check_untouched(found)
     tasks = family.tasks
     if not is_keyed(out, tasks):
-        return {t: pick(out, 1 << i) for i, t in enumerate(tasks)}
-    parts = {t: pick(get_task(out, t), 1 << i) for i, t in enumerate(tasks)}
+        return {t: unpack(out, 1 << i) for i, t in enumerate(tasks)}
+    parts = {t: unpack(get_task(out, t), 1 << i) for i, t in enumerate(tasks)}
     for name in task_keys(out):
         if name not in tasks:
             extra: list[Branched] = []
             collect(get_task(out, name), extra)
-            if extra:
-                parts[name] = {t: pick(get_task(out, name), 1 << i) for i, t in enumerate(tasks)}
+            if extra or holds_branches(get_task(out, name)):
+                parts[name] = {t: unpack(get_task(out, name), 1 << i) for i, t in enumerate(tasks)}
     return replace_tasks(out, parts)

@@ -6,10 +6,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from reconmtl.errors import SplitError
+from reconmtl.layers import ROOT
 from reconmtl.randomness import untouched_randomness
 from reconmtl.splitting.groups import Family
+from reconmtl.splitting.objects import find
 from reconmtl.splitting.outputs import get_task, is_keyed, task_keys
-from reconmtl.splitting.storage import COPIES, GroupTensors, copies, plain_tensors, record, to_plain
+from reconmtl.splitting.refusals import is_sharded
+from reconmtl.splitting.storage import COPIES, GroupTensors, clone, copies, plain_tensors, record, to_plain
 from reconmtl.splitting.structure import Value, tensors
 
 
@@ -17,7 +21,17 @@ def plain_copy(model: nn.Module, mask: int, *, share_buffers: bool) -> nn.Module
     """A copy of a model's structure in its original classes, with the tensors of one group of tasks.
 
     Parameters are shared with the model, buffers and plain tensor attributes too if `share_buffers`.
+
+    Raises:
+        SplitError: If a part of the model is sharded.
     """
+    sharded = next((n for n, m in model.named_modules() if is_sharded(m)), None)
+    if sharded is not None:
+        raise SplitError(
+            f"{sharded or ROOT} is sharded (FSDP), so that the network of one task cannot be made, which a view, "
+            "`verify` and the first call need. Give `split(..., sample=batch)` what the model is called with, then "
+            "shard."
+        )
     memo: dict[int, Value] = {id(p): p for p in model.parameters()}
     for _, _, tensor in plain_tensors(model):
         if share_buffers or isinstance(tensor, nn.Parameter):
@@ -34,7 +48,7 @@ def plain_copy(model: nn.Module, mask: int, *, share_buffers: bool) -> nn.Module
 def own_inputs(args: Sequence[Value], kwargs: dict[str, Value]) -> tuple[Sequence[Value], dict[str, Value]]:
     """Copies of a call's arguments, so that a recorded call leaves no trace in them."""
     memo: dict[int, Value] = {}
-    for t in tensors((tuple(args), kwargs)):
+    for t in (*tensors((tuple(args), kwargs)), *(t for t, _ in find((tuple(args), kwargs)))):
         memo[id(t)] = t.detach().clone().requires_grad_(t.requires_grad)
     try:
         return copy.deepcopy((tuple(args), kwargs), memo)
@@ -179,5 +193,5 @@ class Snapshot:
                 for mask in rec.buffer_groups:
                     source = next(t for m, t, _ in groups if m & mask == mask)
                     child = copies(module)[rec.family.label(mask)]
-                    child._buffers[name] = source.detach().clone() if id(source) in used else source
+                    child._buffers[name] = clone(source) if id(source) in used else source
                     used.add(id(source))

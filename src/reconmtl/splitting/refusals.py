@@ -31,7 +31,7 @@ def check_model(model: object, plan: object) -> None:
             raise SplitError(f"The model is wrapped in {kind.__name__}: {_WRAPPERS[kind.__name__]}.")
     for name, module in model.named_modules():
         shown = name or ROOT
-        if type(module).__name__.startswith("FSDP") and hasattr(module, "unshard"):
+        if is_sharded(module):
             raise SplitError(f"{shown} is sharded (FSDP): split first, then shard.")
         if RECORD in module.__dict__:
             raise SplitError(
@@ -46,6 +46,11 @@ def check_model(model: object, plan: object) -> None:
         lazy += [n for n, b in module.named_buffers(recurse=False) if nn.parameter.is_lazy(b)]
         if lazy:
             raise SplitError(f"{shown} is lazy: {lazy} have no shape yet. Call the model once, then split it.")
+
+
+def is_sharded(module: nn.Module) -> bool:
+    """Whether a module is under FSDP2, `fully_shard`."""
+    return type(module).__name__.startswith("FSDP") and hasattr(module, "unshard")
 
 
 def check_layers(model: nn.Module, layers: dict[str, Partition]) -> None:
