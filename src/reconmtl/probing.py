@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from reconmtl.conflicts import ConflictLog, cosines_from_grams
 from reconmtl.errors import ProbeError, UnknownNameError, nearest
-from reconmtl.gram import Gradients, Layout, accumulate, check_losses, grams, reference_grams
+from reconmtl.gram import Gradients, Layout, add_update, check_losses, reference_grams
 
-Engine = Literal["auto", "flat"]
+Engine = Literal["auto", "flat", "delta"]
 CHUNK = 64
 """Steps whose Grams stay on the device before they are copied to the CPU at once."""
 
@@ -22,7 +22,8 @@ class Probe:
 
     Args:
         model: The network; shared layers are found from the graph. Split models too: per-task copies are not measured.
-        engine: How gradients are taken; "flat" is one backward pass per task, "auto" chooses.
+        engine: Where gradients are taken: "flat" at the weights, "delta" at the output of every layer that allows it
+            (see `engines.py`), "auto" where that clearly pays. `engines` says which layer uses which.
         every: Measure one step of so many; the others are plain backward passes.
         exact: Add one ordinary backward pass per measured step, so that `.grad` is bit-equal to plain training's.
         shared: Names or globs of shared layers, only needed where compiled regions hide the graph.
@@ -54,7 +55,7 @@ class Probe:
             raise ProbeError(f"every = {every!r}: expected a whole number of steps, at least 1.")
         self.every = every
         self.exact = exact
-        self._gradients = Gradients(model, shared=shared)
+        self._gradients = Gradients(model, shared=shared, engine=engine)
         self._step = 0
         self._tasks: list[str] = []
         self._sizes: dict[str, int] = {}
@@ -75,12 +76,18 @@ class Probe:
             check_losses(losses)
             _sum(losses).backward()
             return
-        layout, rows, own = self._gradients.measure(losses, retain_graph=self.exact)
-        self._record(layout, grams(layout, rows))
+        found = self._gradients.sweep(losses, retain_graph=self.exact)
+        self._record(found.layout, found.gram)
         if self.exact:
             _sum(losses).backward()
+            found.settle()
         else:
-            accumulate(layout, rows, own)
+            add_update(found.layout, found.total, found.own)
+
+    @property
+    def engines(self) -> dict[str, str]:
+        """Which engine each measured layer uses and, if it is "flat", why; empty before the first measured step."""
+        return dict(self._gradients.engines)
 
     def _record(self, layout: Layout, gram: Tensor) -> None:
         self._tasks += [t for t in layout.tasks if t not in self._tasks]
@@ -146,7 +153,8 @@ class Probe:
         Raises:
             ProbeError: If a cosine differs by more than 1e-4 (1e-8 for a float64 model); the layer is named.
         """
-        layout, rows, _ = self._gradients.measure(losses, retain_graph=True)
+        found = self._gradients.sweep(losses, retain_graph=True)
+        layout = found.layout
         parameters = dict(layout.shared)
         by_layer = {
             layer.name: [parameters[p] for p in layer.parameters if p in parameters]
@@ -155,14 +163,16 @@ class Probe:
         }
         n = len(layout.tasks)
         upper = torch.triu_indices(n, n)
-        measured = grams(layout, rows).cpu().double()[:, upper[0], upper[1]]
-        expected = reference_grams(losses, by_layer)[:, upper[0], upper[1]]
+        measured = found.gram.cpu().double()[:, upper[0], upper[1]]
+        expected = reference_grams(losses, by_layer)
+        found.settle()
+        expected = expected[:, upper[0], upper[1]]
         ours, theirs = cosines_from_grams(measured, n), cosines_from_grams(expected, n)
         power = expected[:, upper[0] == upper[1]].amax(1)
         loud = power > 1e-12 * power.max()
         difference = torch.where(loud[:, None], (ours - theirs).abs(), 0.0).nan_to_num(0.0)
         worst = float(difference.max()) if difference.numel() else 0.0
-        if worst > (1e-8 if rows.dtype == torch.float64 else 1e-4):
+        if worst > (1e-8 if layout.dtype == torch.float64 else 1e-4):
             layer = layout.layers[int(difference.amax(1).argmax())]
             raise ProbeError(f"The probe's cosine of layer {layer!r} differs from the oracle's by {worst:.2e}.")
         return worst

@@ -1,0 +1,75 @@
+import gc
+import weakref
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from reconmtl.gram import Gradients
+from reconmtl.passes import buffers_once
+
+
+def _chain(width: int = 16, depth: int = 6) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(*(m for _ in range(depth) for m in (nn.Linear(width, width), nn.Tanh()))).double()
+
+
+def _losses(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    z = model(x)
+    return {t: (z * (i + 1)).sin().pow(2).sum() for i, t in enumerate("abc")}
+
+
+@pytest.mark.parametrize("engine", ["flat", "delta"])
+def test_stages_keep_to_the_bound_and_change_nothing(engine: str) -> None:
+    model, x = _chain(), torch.randn(8, 16, dtype=torch.float64)
+    layer = 3 * (16 * 16 + 16) * 8 if engine == "flat" else 3 * 16 * 8 * 8  # bytes: three tasks' gradients of a layer
+    whole = Gradients(model, engine=engine)
+    expected = whole.sweep(_losses(model, x))
+    assert whole._buffer is not None
+    assert whole._buffer.nbytes == 6 * layer
+    for fit in (1, 2):
+        gradients = Gradients(model, engine=engine, memory=fit * layer)
+        found = gradients.sweep(_losses(model, x))
+        assert set(gradients.engines.values()) == {"flat (as asked for)" if engine == "flat" else "delta"}
+        assert gradients._buffer is not None
+        assert gradients._buffer.nbytes == fit * layer
+        torch.testing.assert_close(found.gram, expected.gram, rtol=1e-12, atol=0)
+        torch.testing.assert_close(found.total, expected.total, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("engine", ["flat", "delta"])
+def test_the_graph_is_freed_after_a_sweep_and_kept_when_asked(engine: str) -> None:
+    model, x = _chain(), torch.randn(8, 16, dtype=torch.float64)
+    gradients = Gradients(model, engine=engine)
+    for _ in range(2):  # the first step of `delta` also compares it with `flat`
+        losses = _losses(model, x)
+        kept = gradients.sweep(losses, retain_graph=True)
+        again = gradients.sweep(losses)
+        assert torch.equal(kept.gram, again.gram)
+        with pytest.raises(RuntimeError, match="second time"):
+            losses["a"].backward()
+
+
+def test_nothing_keeps_the_graph_alive() -> None:
+    model, x = _chain(), torch.randn(8, 16, dtype=torch.float64)
+    gradients = Gradients(model, engine="delta")
+    z = model[0](x)
+    alive = weakref.ref(z)
+    losses = {"a": model[1:](z).sum(), "b": model[1:](z).sin().sum()}
+    gradients.sweep(losses)
+    del z, losses
+    gc.collect()
+    assert alive() is None
+
+
+def test_only_the_first_pass_changes_running_statistics() -> None:
+    norm = nn.BatchNorm1d(3)
+    settle = buffers_once(norm)
+    assert norm.running_mean is not None
+    norm(torch.randn(4, 3) + 5)
+    settle()
+    once = norm.running_mean.clone()
+    norm(torch.randn(4, 3) - 9)
+    settle()
+    assert torch.equal(norm.running_mean, once)
+    assert int(norm.num_batches_tracked or 0) == 1
