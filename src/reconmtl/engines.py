@@ -27,9 +27,8 @@ from torch.nn import functional as F
 
 from reconmtl.graph import Graph
 
-MARGIN = 0.5
-"""`auto` takes `delta` for a layer if its estimated cost is below this share of `flat`'s. Half, because library kernels
-for a convolution's weight gradient reach up to twice the rate of a plain matrix product."""
+MARGIN = 0.7
+"""`auto` takes `delta` for a layer if its estimated cost is below this share of `flat`'s."""
 
 MOVE = 20
 """What moving one float through memory costs, in multiply-adds."""
@@ -209,13 +208,21 @@ def site_gram(unfolded: Tensor, grads: Tensor, *, bias: bool) -> Tensor:
     """
     tasks = grads.shape[0]
     with full_precision(unfolded.device):
-        kernel = unfolded.T @ unfolded
+        kernel = product(unfolded.T, unfolded.T)
         if bias:
             kernel += 1  # the bias is the weight of an input that is always one
-        if tasks == 1:
-            return (grads[0] @ kernel).mul_(grads[0]).sum().view(1, 1)
-        product = grads.flatten(0, 1) @ kernel
-        return grads.flatten(1) @ product.view(tasks, -1).T
+        return grads.flatten(1) @ product(grads.flatten(0, 1), kernel).view(tasks, -1).T  # K is symmetric
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """Compute a b^T of [m, k] and [n, k], on the CPU by the library that also computes convolutions.
+
+    PyTorch's own matrix product on the CPU is MKL's, which runs at half the rate on processors of other makers.
+    """
+    large = a.shape[0] * a.shape[1] * b.shape[0] > 10**7  # below, the copies cost more than they gain
+    if large and a.dtype == torch.float32 and a.device.type == "cpu" and torch.backends.mkldnn.is_available():
+        return F.linear(a.to_mkldnn(), b.to_mkldnn()).to_dense()
+    return a @ b.T
 
 
 @contextmanager

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node
 
-from reconmtl.engines import Site, full_precision, site_gram
+from reconmtl.engines import Site, full_precision, product, site_gram
 from reconmtl.graph import Graph, Shared, Stage, many
 
 AGREE = {torch.float32: 1e-5, torch.float64: 1e-10}
@@ -218,7 +218,7 @@ class Sweep:
         norms = expected.diagonal().sqrt()
         first = next(iter(explicit.values()))[0].flatten()
         with full_precision(first.device):
-            update = (grads[0] @ unfolded.T).flatten()
+            update = product(grads[0], unfolded).flatten()
         bar = AGREE[self.layout.dtype]
         if first.is_cuda and (torch.backends.cudnn.allow_tf32 or torch.backends.cuda.matmul.allow_tf32):
             bar = 5e-3  # training's own gradients are rounded to ten bits: `delta` is the more exact one
@@ -337,7 +337,7 @@ class Sweep:
                     gram[layout.owner[j]] += site_gram(unfolded, grads, bias=bias is not None)
                 if total is not None:
                     summed = grads.sum(0) if weights is None else torch.tensordot(weights, grads, 1)
-                    torch.mm(summed, unfolded.T, out=total[layout.at(j)].view(site.outputs, site.fan_in))
+                    total[layout.at(j)].view(site.outputs, site.fan_in).copy_(product(summed, unfolded))
                     if bias is not None:
                         total[layout.at(bias)] = summed.sum(1)
 
