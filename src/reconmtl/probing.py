@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from reconmtl.conflicts import ConflictLog, cosines_from_grams
 from reconmtl.errors import ProbeError, UnknownNameError, nearest
 from reconmtl.gram import Gradients, Layout, add_update, check_losses, reference_grams
+from reconmtl.schedule import Schedule
 
 Engine = Literal["auto", "flat", "delta"]
 CHUNK = 64
@@ -25,6 +26,10 @@ class Probe:
         engine: Where gradients are taken: "flat" at the weights, "delta" at the output of every layer that allows it
             (see `engines.py`), "auto" where that clearly pays. `engines` says which layer uses which.
         every: Measure one step of so many; the others are plain backward passes.
+        start: First step that may be measured, counted from 0.
+        stop: First step that is not measured any more; None never stops.
+        overhead: Instead of `every`: the share of training time that measuring may add, e.g. 0.1. How many steps are
+            left out is found from the times of the first six and shown by `every`.
         exact: Add one ordinary backward pass per measured step, so that `.grad` is bit-equal to plain training's.
         shared: Names or globs of shared layers, only needed where compiled regions hide the graph.
 
@@ -46,17 +51,17 @@ class Probe:
         *,
         engine: Engine = "auto",
         every: int = 1,
+        start: int = 0,
+        stop: int | None = None,
+        overhead: float | None = None,
         exact: bool = False,
         shared: Iterable[str] | None = None,
     ) -> None:
         if engine not in get_args(Engine):
             raise UnknownNameError(f"Unknown engine {engine!r}. {nearest(str(engine), get_args(Engine))}")
-        if not isinstance(every, int) or isinstance(every, bool) or every < 1:
-            raise ProbeError(f"every = {every!r}: expected a whole number of steps, at least 1.")
-        self.every = every
+        self._schedule = Schedule(every=every, start=start, stop=stop, overhead=overhead)
         self.exact = exact
         self._gradients = Gradients(model, shared=shared, engine=engine)
-        self._step = 0
         self._tasks: list[str] = []
         self._sizes: dict[str, int] = {}
         self._pending: tuple[Layout, list[Tensor]] | None = None
@@ -71,11 +76,14 @@ class Probe:
         Raises:
             ProbeError: If a loss is no scalar, has no graph, or the graph cannot be told apart per task.
         """
-        step, self._step = self._step, self._step + 1
-        if step % self.every:
-            check_losses(losses)
-            _sum(losses).backward()
-            return
+        with self._schedule.step() as measure:
+            if measure:
+                self._measure(losses)
+            else:
+                check_losses(losses)
+                _sum(losses).backward()
+
+    def _measure(self, losses: Mapping[str, Tensor]) -> None:
         found = self._gradients.sweep(losses, retain_graph=self.exact)
         self._record(found.layout, found.gram)
         if self.exact:
@@ -83,6 +91,11 @@ class Probe:
             found.settle()
         else:
             add_update(found.layout, found.total, found.own)
+
+    @property
+    def every(self) -> int:
+        """One of how many steps is measured."""
+        return self._schedule.every
 
     @property
     def engines(self) -> dict[str, str]:

@@ -251,3 +251,17 @@ def test_copies_of_a_split_model_are_measured_only_where_they_are_shared() -> No
     pairs = dict(zip(probe.log.pairs, probe.log.cosines()[0, 0].tolist(), strict=True))
     assert [pair for pair, cosine in pairs.items() if cosine == cosine] == [("a", "c")]
     assert probe.log.cosines()[0, 1].isfinite().all()
+
+
+def test_a_budget_of_time_measures_some_steps_and_trains_the_same() -> None:
+    models = []
+    for overhead in (None, 0.1):
+        torch.manual_seed(0)
+        model = Small()
+        probe = Probe(model, overhead=overhead) if overhead else Probe(model)
+        _train(model, _batches(12, torch.float32), probe)
+        models.append([p.detach().clone() for p in model.parameters()])
+        assert probe.log.steps == 12 if overhead is None else 2 <= probe.log.steps < 12
+        assert probe.log.every == probe.every
+    for a, b in zip(*models, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
