@@ -10,12 +10,11 @@ from torch import Tensor, nn
 
 from reconmtl.conflicts import ConflictLog, cosines_from_grams
 from reconmtl.errors import ProbeError, UnknownNameError, nearest
-from reconmtl.gram import Gradients, Layout, add_update, check_losses, reference_grams
+from reconmtl.gram import Gradients, add_update, check_losses, reference_grams
+from reconmtl.recording import Recorder
 from reconmtl.schedule import Schedule
 
 Engine = Literal["auto", "flat", "delta"]
-CHUNK = 64
-"""Steps whose Grams stay on the device before they are copied to the CPU at once."""
 
 
 class Probe:
@@ -62,10 +61,7 @@ class Probe:
         self._schedule = Schedule(every=every, start=start, stop=stop, overhead=overhead)
         self.exact = exact
         self._gradients = Gradients(model, shared=shared, engine=engine)
-        self._tasks: list[str] = []
-        self._sizes: dict[str, int] = {}
-        self._pending: tuple[Layout, list[Tensor]] | None = None
-        self._chunks: list[tuple[Layout, Tensor]] = []
+        self._recorder = Recorder(self._gradients.layers)
 
     def backward(self, losses: Mapping[str, Tensor]) -> None:
         """Add the gradient of the summed losses to `.grad`, and record how the tasks' gradients relate.
@@ -85,7 +81,7 @@ class Probe:
 
     def _measure(self, losses: Mapping[str, Tensor]) -> None:
         found = self._gradients.sweep(losses, retain_graph=self.exact)
-        self._record(found.layout, found.gram)
+        self._recorder.add(found.layout, found.gram)
         if self.exact:
             _sum(losses).backward()
             found.settle()
@@ -102,31 +98,6 @@ class Probe:
         """Which engine each measured layer uses and, if it is "flat", why; empty before the first measured step."""
         return dict(self._gradients.engines)
 
-    def _record(self, layout: Layout, gram: Tensor) -> None:
-        self._tasks += [t for t in layout.tasks if t not in self._tasks]
-        for s in layout.segments:
-            self._sizes[s.layer] = max(self._sizes.get(s.layer, 0), s.stop - s.start)
-        if self._pending is not None and (self._pending[0] is not layout or len(self._pending[1]) == CHUNK):
-            self._flush()
-        if self._pending is None:
-            self._pending = (layout, [])
-        self._pending[1].append(gram)
-
-    def _flush(self) -> None:
-        if self._pending is None:
-            return
-        layout, pending = self._pending
-        chunk = torch.stack(pending).cpu()  # the only place where an accelerator has to be waited for
-        self._pending = None
-        for k, segment in enumerate(layout.segments):
-            for i in segment.tasks:
-                if not chunk[:, k, i, i].isfinite().all():
-                    raise ProbeError(
-                        f"The gradient of task {layout.tasks[i]!r} at layer {segment.layer!r} is not finite. "
-                        "Lower the learning rate, or look for a loss that divides by zero."
-                    )
-        self._chunks.append((layout, chunk))
-
     @property
     def log(self) -> ConflictLog:
         """What has been recorded so far.
@@ -134,25 +105,7 @@ class Probe:
         Raises:
             ProbeError: If nothing was recorded, or no layer is shared by two tasks.
         """
-        self._flush()
-        if not self._chunks:
-            raise ProbeError("Nothing has been recorded yet: call `probe.backward(losses)` in the training loop first.")
-        names = [layer.name for layer in self._gradients.layers if layer.name in self._sizes]
-        if not names:
-            raise ProbeError("No layer is reached by the losses of two tasks: there is nothing shared to measure.")
-        tasks, n = self._tasks, len(self._tasks)
-        rows, columns = torch.triu_indices(n, n)
-        parts = []
-        for layout, chunk in self._chunks:
-            full = chunk.new_full((chunk.shape[0], len(names), n, n), torch.nan)
-            at = torch.tensor([tasks.index(t) for t in layout.tasks])
-            where = torch.tensor([names.index(name) for name in layout.layers], dtype=torch.long)
-            full[:, where[:, None, None], at[None, :, None], at[None, None, :]] = chunk
-            parts.append(full[:, :, rows, columns])
-        types = {layer.name: layer.type for layer in self._gradients.layers}
-        return ConflictLog(
-            torch.cat(parts), tasks=tasks, layers=names, sizes=self._sizes, types=types, every=self.every
-        )
+        return self._recorder.log(every=self.every)
 
     def check(self, losses: Mapping[str, Tensor]) -> float:
         """Compare the engine with a slow oracle on the same graph; records nothing and leaves `.grad` alone.

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 import reconmtl as rm
 from reconmtl.errors import ProbeError, UnknownNameError
 from reconmtl.networks import resnet
-from reconmtl.probing import CHUNK, Probe
+from reconmtl.probing import Probe
+from reconmtl.recording import CHUNK
 
 
 class Small(nn.Module):
@@ -137,7 +138,7 @@ def test_every_measures_one_of_m_steps_and_changes_nothing_else() -> None:
 def test_the_log_is_the_same_however_it_was_buffered(monkeypatch: pytest.MonkeyPatch) -> None:
     logs = []
     for chunk in (CHUNK, 3):
-        monkeypatch.setattr("reconmtl.probing.CHUNK", chunk)
+        monkeypatch.setattr("reconmtl.recording.CHUNK", chunk)
         torch.manual_seed(0)
         model = Small()
         probe = Probe(model)
