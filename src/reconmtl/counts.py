@@ -31,12 +31,13 @@ def edges(per_unit: int, dtype: torch.dtype) -> Tensor:
 
 
 def bins(cosines: Tensor, per_unit: int) -> Tensor:
-    """Find b with edge[b] <= cosine < edge[b + 1]; cosines must be in [-1, 1], not NaN."""
+    """Find b with edge[b] <= cosine < edge[b + 1], int64; NaN gets a bin of its own after the last."""
     edge = edges(per_unit, cosines.dtype)
-    guess = ((cosines + 1) * per_unit).to(torch.int64).clamp_(0, 2 * per_unit)
-    guess -= (cosines < edge[guess]).to(torch.int64)  # arithmetic may be off by one next to an edge: compare exactly
-    above = torch.cat([edge[1:], edge.new_full((1,), torch.inf)])
-    guess += (cosines >= above[guess]).to(torch.int64)
+    last = 2 * per_unit + 1
+    guess = ((cosines + 1) * per_unit).nan_to_num_(last).to(torch.int64).clamp_(0, last)
+    # arithmetic may be off by one next to an edge: compare exactly; nothing compares with NaN
+    guess -= (cosines < torch.cat([edge, edge.new_full((1,), torch.nan)])[guess]).long()
+    guess += (cosines >= torch.cat([edge[1:], edge.new_full((2,), torch.inf)])[guess]).long()
     return guess
 
 
@@ -76,18 +77,20 @@ class Counts:
         """
         steps, layers, pairs = cosines.shape
         fine, coarse = 2 * GRID + 1, 2 * COARSE + 1
-        present = ~cosines.isnan()
-        values = cosines[present]
-        row = torch.arange(layers * pairs).view(1, layers, pairs).expand_as(cosines)[present]
-        layer = torch.div(row, pairs, rounding_mode="floor")
-        found = bins(values, GRID)
-        by_layer = torch.bincount(layer * fine + found, minlength=layers * fine).view(1, layers, fine)
-        by_pair = torch.bincount(row * coarse + bins(values, COARSE), minlength=layers * pairs * coarse)
-        total = torch.bincount(bins(whole[~whole.isnan()], GRID), minlength=fine)
+        by_layer = torch.empty((1, layers, fine), dtype=torch.int32)
+        by_pair = torch.empty((layers, pairs, coarse), dtype=torch.int32)
+        row = torch.arange(pairs) * (coarse + 1)
+        for k in range(layers):  # layer by layer, because a layer's cosines fit the processor's cache
+            found = bins(cosines[:, k], GRID)  # the last bin but one is +1, the last one NaN
+            by_layer[0, k] = torch.bincount(found.flatten(), minlength=fine + 1)[:fine]
+            found = found.div_(GRID // COARSE, rounding_mode="floor").add_(row)  # every coarse edge is a fine one
+            found[cosines[:, k].isnan()] = coarse
+            by_pair[k] = torch.bincount(found.flatten(), minlength=pairs * (coarse + 1)).view(pairs, -1)[:, :coarse]
+        total = torch.bincount(bins(whole, GRID).flatten(), minlength=fine + 1)[:fine]
         return cls(
-            layers=by_layer.int(),
+            layers=by_layer,
             whole=total.int().view(1, fine),
-            pairs=by_pair.int().view(layers, pairs, coarse),
+            pairs=by_pair,
             lengths=torch.tensor([steps]),
             power=power.double().nanmean(dim=(0, 2)).nan_to_num(),
             dtype=cosines.dtype,
