@@ -5,8 +5,8 @@
     python benchmarks/probe.py --only a e       # some workloads
 
 All rows of a workload take turns in one process, so that what slows the machine slows all; times are process CPU time
-on one thread. A number is the median over rounds of the ratio within a round. A step is zero_grad, forward, backward and
-everything that is measured; no optimizer. Memory is the peak of a fresh process above that of the joint step's.
+on one thread. A number is the median over rounds of the ratio within a round. A step is zero_grad, forward, backward
+and everything that is measured; no optimizer. Memory is the peak of a fresh process above that of the joint step's.
 
 Rows: `joint` is one backward pass of the summed loss; `plain` is T backward passes, one per task, whose gradients are
 dropped; `flat` and `auto` are the probe's engines, update included; `published` restates, from the description in the

@@ -208,7 +208,8 @@ def site_gram(unfolded: Tensor, grads: Tensor, *, bias: bool) -> Tensor:
     """
     tasks = grads.shape[0]
     with full_precision(unfolded.device):
-        kernel = product(unfolded.T, unfolded.T)
+        rows = unfolded.T
+        kernel = product(rows, rows)
         if bias:
             kernel += 1  # the bias is the weight of an input that is always one
         return grads.flatten(1) @ product(grads.flatten(0, 1), kernel).view(tasks, -1).T  # K is symmetric
@@ -221,7 +222,8 @@ def product(a: Tensor, b: Tensor) -> Tensor:
     """
     large = a.shape[0] * a.shape[1] * b.shape[0] > 10**7  # below, the copies cost more than they gain
     if large and a.dtype == torch.float32 and a.device.type == "cpu" and torch.backends.mkldnn.is_available():
-        return F.linear(a.to_mkldnn(), b.to_mkldnn()).to_dense()
+        first = a.to_mkldnn()
+        return F.linear(first, first if b is a else b.to_mkldnn()).to_dense()
     return a @ b.T
 
 

@@ -212,18 +212,22 @@ class Sweep:
         """Compare two tasks' explicit gradients at a site with what `delta` makes of them; keep the answer."""
         j, bias, site = part.sites[d]
         unfolded, grads = site.unfolded(part.inputs[d]), part.grads[d][list(explicit)]
-        measured = site_gram(unfolded, grads, bias=bias is not None).double()
-        vectors = torch.stack([torch.cat([g.flatten() for g in own]) for own in explicit.values()]).double()
-        expected = vectors @ vectors.T
-        norms = expected.diagonal().sqrt()
+        measured = site_gram(unfolded, grads, bias=bias is not None)
         first = next(iter(explicit.values()))[0].flatten()
         with full_precision(first.device):
+            expected = torch.stack(
+                [
+                    torch.stack([_inner(a, b) for b in explicit.values()])  # no copies: these are large
+                    for a in explicit.values()
+                ]
+            )
             update = product(grads[0], unfolded).flatten()
+        norms = expected.diagonal().sqrt()
         bar = AGREE[self.layout.dtype]
         if first.is_cuda and (torch.backends.cudnn.allow_tf32 or torch.backends.cuda.matmul.allow_tf32):
             bar = 5e-3  # training's own gradients are rounded to ten bits: `delta` is the more exact one
         agrees = bool(((measured - expected).abs() <= bar * norms * norms[:, None]).all())
-        agrees = agrees and float((update - first).norm()) <= bar * float(first.norm())
+        agrees = agrees and float(update.sub_(first).norm()) <= bar * float(first.norm())
         self.trusted[self.layout.shared[j][0], len(self.losses)] = agrees
         return agrees
 
@@ -340,6 +344,15 @@ class Sweep:
                     total[layout.at(j)].view(site.outputs, site.fan_in).copy_(product(summed, unfolded))
                     if bias is not None:
                         total[layout.at(bias)] = summed.sum(1)
+
+
+def _inner(first: Sequence[Tensor], second: Sequence[Tensor]) -> Tensor:
+    """Inner product, in float64, of two gradients given parameter by parameter; in pieces, because they are large."""
+    total = first[0].new_zeros((), dtype=torch.float64)
+    for a, b in zip(first, second, strict=True):
+        for x, y in zip(a.flatten().split(2**16), b.flatten().split(2**16), strict=True):
+            total += torch.dot(x.double(), y.double())
+    return total
 
 
 def _consecutive(positions: list[int]) -> list[list[int]]:
