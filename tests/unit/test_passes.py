@@ -5,8 +5,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from reconmtl.errors import ProbeError
 from reconmtl.gram import Gradients
 from reconmtl.passes import buffers_once
+from reconmtl.probing import Probe
 
 
 def _chain(width: int = 16, depth: int = 6) -> nn.Sequential:
@@ -73,3 +75,31 @@ def test_only_the_first_pass_changes_running_statistics() -> None:
     settle()
     assert torch.equal(norm.running_mean, once)
     assert int(norm.num_batches_tracked or 0) == 1
+
+
+def test_two_hundred_steps_leave_nothing_behind() -> None:
+    """The user's exception, ours and success take turns; live tensors are counted, and what hangs on the model."""
+    model, x = _chain(), torch.randn(8, 16, dtype=torch.float64)
+    probe = Probe(model, engine="delta")
+    counts = []
+    for step in range(200):
+        losses = _losses(model, x)
+        if step % 5 == 3:
+            with pytest.raises(ProbeError, match="expected a scalar"):
+                probe.backward({**losses, "b": x})
+        elif step % 5 == 4:
+            losses["b"].backward()
+            with pytest.raises(RuntimeError, match="second time"):
+                probe.backward(losses)
+        else:
+            probe.backward(losses)
+        model.zero_grad()
+        del losses
+        if step >= 20 and step % 40 == 0:
+            gc.collect()
+            counts.append(sum(issubclass(type(o), Tensor) for o in gc.get_objects()) - len(probe._recorder._chunks))
+    recorded = [40 * 3 // 5] * (len(counts) - 1)  # one small Gram per measured step waits for its chunk
+    assert all(b - a <= r for a, b, r in zip(counts, counts[1:], recorded, strict=False)), counts
+    for module in model.modules():
+        assert not (module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
+    assert all(not p._backward_hooks and not vars(p) for p in model.parameters())
