@@ -18,11 +18,12 @@ from reconmtl.version import __version__
 if TYPE_CHECKING:
     from reconmtl.checking import check_probe, layer_table
     from reconmtl.comparing import compare, delta_m
-    from reconmtl.conflicts import ConflictLog, Ranking
+    from reconmtl.conflicts import ConflictLog
     from reconmtl.errors import ReconError
     from reconmtl.plan import Plan
     from reconmtl.probing import Probe
     from reconmtl.problem import Metric, Problem, Recipe, Task
+    from reconmtl.ranking import Ranking
     from reconmtl.runs import Run
     from reconmtl.splitting import check_optimizer, cost, split, split_optimizer, verify, view
     from reconmtl.train import fit, probe
@@ -34,7 +35,7 @@ _HOME = {
     "Plan": "plan",
     "Probe": "probing",
     "Problem": "problem",
-    "Ranking": "conflicts",
+    "Ranking": "ranking",
     "Recipe": "problem",
     "ReconError": "errors",
     "Run": "runs",

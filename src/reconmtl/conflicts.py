@@ -15,9 +15,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from reconmtl.errors import PlanError, RunError, SeverityError, nearest
+from reconmtl.counts import Counts
+from reconmtl.errors import RunError, SeverityError
 from reconmtl.files import read_json, write_bytes, write_json
-from reconmtl.plan import Plan, check_k
+from reconmtl.ranking import Ranking as Ranking
 
 FORMAT = "reconmtl.log/1"
 NOISE = 1e-6
@@ -100,12 +101,32 @@ def share_below(cosines: Tensor, threshold: float) -> float:
     return float(distribution(cosines, edges=[threshold])[1])
 
 
+def norms_squared(grams: Tensor, tasks: int) -> Tensor:
+    """Squared gradient norms [..., tasks], float64, of packed Gram matrices."""
+    rows, columns = torch.triu_indices(tasks, tasks)
+    return grams[..., rows == columns].double()
+
+
+def whole_cosines(grams: Tensor, tasks: int) -> Tensor:
+    """Cosines of the concatenation of all layers, [steps, pairs], from packed Grams [steps, layers, ...]."""
+    absent = grams.isnan()
+    total = torch.where(absent, 0.0, grams.double()).sum(1)
+    total[absent.all(1)] = math.nan
+    return cosines_from_grams(total, tasks).to(grams.dtype)
+
+
+def count(grams: Tensor, tasks: int) -> Counts:
+    """Count the cosines of packed Gram matrices [steps, layers, ...] as one window."""
+    return Counts.of(cosines_from_grams(grams, tasks), whole_cosines(grams, tasks), norms_squared(grams, tasks))
+
+
 class ConflictLog:
-    """Gram matrices of task gradients, per measured step and shared layer.
+    """Gram matrices of task gradients, per measured step and shared layer; or, of long recordings, exact counts.
 
     Args:
-        grams: Upper triangles with the diagonal, [steps, layers, tasks * (tasks + 1) / 2], float32 or float64 on the
-            CPU; NaN for tasks that do not reach a layer in a step.
+        record: Upper triangles with the diagonal, [steps, layers, tasks * (tasks + 1) / 2], float32 or float64 on the
+            CPU; NaN for tasks that do not reach a layer in a step. Or the Counts that replace them where they would
+            exceed a bound: scores at multiples of 0.001 stay exact, single cosines are gone.
         tasks: Task names, in the order of the Gram matrices.
         layers: Names of the shared layers, in network order.
         sizes: Parameters of each layer that are shared.
@@ -115,7 +136,7 @@ class ConflictLog:
 
     def __init__(
         self,
-        grams: Tensor,
+        record: Tensor | Counts,
         *,
         tasks: Sequence[str],
         layers: Sequence[str],
@@ -124,14 +145,33 @@ class ConflictLog:
         every: int = 1,
     ) -> None:
         expected = (len(layers), len(tasks) * (len(tasks) + 1) // 2)
+        grams = record if isinstance(record, Tensor) else torch.empty(0, *expected)
+        pairs = (len(layers), len(tasks) * (len(tasks) - 1) // 2)
+        if isinstance(record, Counts) and tuple(record.pairs.shape[:2]) != pairs:
+            raise RunError(f"Expected counts of {pairs} layers and pairs, got {list(record.pairs.shape[:2])}.")
         if grams.ndim != 3 or tuple(grams.shape[1:]) != expected:
             raise RunError(f"Expected Grams of shape [steps, {expected[0]}, {expected[1]}], got {list(grams.shape)}.")
-        self.grams = grams
+        self._grams = grams
+        self.counts = record if isinstance(record, Counts) else None
         self.tasks = tuple(tasks)
         self.layers = tuple(layers)
         self.sizes = {n: int(sizes[n]) for n in layers}
         self.types = {n: types[n] for n in layers}
         self.every = every
+
+    @property
+    def grams(self) -> Tensor:
+        """The Gram matrices.
+
+        Raises:
+            RunError: If the log holds counts.
+        """
+        if self.counts is not None:
+            raise RunError(
+                f"This log of {self.steps} steps holds counts of cosines, not Gram matrices: those would have exceeded "
+                "the bound. Ask for scores, `pair_scores`, `whole` or `window`, or record fewer steps with `every`."
+            )
+        return self._grams
 
     @property
     def network_layers(self) -> tuple[str, ...]:
@@ -141,7 +181,7 @@ class ConflictLog:
     @property
     def steps(self) -> int:
         """Number of measured steps."""
-        return self.grams.shape[0]
+        return self._grams.shape[0] if self.counts is None else self.counts.steps
 
     @property
     def pairs(self) -> list[tuple[str, str]]:
@@ -156,33 +196,69 @@ class ConflictLog:
         return cosines_from_grams(self.grams, len(self.tasks))
 
     def whole(self) -> Tensor:
-        """Cosines over the concatenation of all shared parameters, [steps, pairs]; cos phi_ij of Definition 1."""
-        absent = self.grams.isnan()
-        total = torch.where(absent, 0.0, self.grams.double()).sum(1)
-        total[absent.all(1)] = math.nan
-        return cosines_from_grams(total, len(self.tasks)).to(self.grams.dtype)
+        """Cosines over the concatenation of all shared parameters, [steps, pairs]; cos phi_ij of Definition 1.
+
+        A log of counts gives one value per counted cosine instead, [number, 1], the middle of its bin of 0.001: shares
+        below any multiple of 0.001 are exact.
+        """
+        if self.counts is not None:
+            return self.counts.whole_values()[:, None]
+        return whole_cosines(self.grams, len(self.tasks))
 
     def scores(self, *, severity: float) -> Tensor:
-        """S-conflict score of each layer, [layers], int64; see `conflict_scores`."""
+        """S-conflict score of each layer, [layers], int64; see `conflict_scores` and `score_errors`."""
+        check_severity(severity)
+        if self.counts is not None:
+            return self.counts.below(severity)[0]
         return conflict_scores(self.cosines(), severity=severity)
+
+    def score_errors(self, *, severity: float) -> Tensor:
+        """Largest error of each score, [layers], int64: zero, unless counts are asked between multiples of 0.001."""
+        check_severity(severity)
+        if self.counts is not None:
+            return self.counts.below(severity)[1]
+        return torch.zeros(len(self.layers), dtype=torch.int64)
+
+    def pair_scores(self, *, severity: float) -> Tensor:
+        """Conflicts of each pair of tasks at each layer, [layers, pairs], int64, over all steps.
+
+        A log of counts keeps pairs on a grid of 0.05 and interpolates between.
+
+        Raises:
+            SeverityError: If severity is outside (-1, 0].
+        """
+        check_severity(severity)
+        if self.counts is not None:
+            return self.counts.pairs_below(severity)[0]
+        cosines = self.cosines()
+        return (cosines < torch.tensor(severity, dtype=cosines.dtype)).sum(0)
 
     def noise(self) -> Tensor:
         """Layers whose gradients are rounding noise, [layers], bool: norms below 1e-6 of the largest layer's.
 
         A convolution's bias in front of a BatchNorm is the usual case: its gradient is zero but for rounding.
         """
-        rows, columns = torch.triu_indices(len(self.tasks), len(self.tasks))
-        squares = self.grams[..., rows == columns].double()
-        power = squares.nanmean(dim=(0, 2)).nan_to_num()
+        if self.counts is not None:
+            power = self.counts.power
+        else:
+            power = norms_squared(self.grams, len(self.tasks)).nanmean(dim=(0, 2)).nan_to_num()
         return power.sqrt() < NOISE * power.max().sqrt()
 
     def window(self, start: int, stop: int) -> ConflictLog:
-        """The same log restricted to measured steps start <= step < stop."""
-        return self._with(self.grams[start:stop])
+        """The same log restricted to measured steps start <= step < stop.
 
-    def _with(self, grams: Tensor) -> ConflictLog:
+        Raises:
+            RunError: If the log holds counts and these are no borders of its windows.
+        """
+        return self._with(self._grams[start:stop] if self.counts is None else self.counts.window(start, stop))
+
+    def counted(self) -> ConflictLog:
+        """The same log with counts in place of Gram matrices."""
+        return self if self.counts is not None else self._with(count(self.grams, len(self.tasks)))
+
+    def _with(self, record: Tensor | Counts) -> ConflictLog:
         return ConflictLog(
-            grams, tasks=self.tasks, layers=self.layers, sizes=self.sizes, types=self.types, every=self.every
+            record, tasks=self.tasks, layers=self.layers, sizes=self.sizes, types=self.types, every=self.every
         )
 
     def rank(self, *, severity: float) -> Ranking:
@@ -195,7 +271,9 @@ class ConflictLog:
         """
         scores = self.scores(severity=severity).tolist()
         possible = self.steps * len(self.pairs)
-        return Ranking(self, dict(zip(self.layers, scores, strict=True)), severity=severity, possible=possible)
+        error = int(self.score_errors(severity=severity).max()) if self.layers else 0
+        scored = dict(zip(self.layers, scores, strict=True))
+        return Ranking(self, scored, severity=severity, possible=possible, error=error)
 
     def merge(self, others: Sequence[ConflictLog]) -> ConflictLog:
         """Append the steps of other logs (other seeds, say) of the same tasks and layers.
@@ -206,13 +284,22 @@ class ConflictLog:
         for other in others:
             if other.tasks != self.tasks or other.layers != self.layers or other.sizes != self.sizes:
                 raise RunError("Only logs of the same tasks and layers can be merged; these differ.")
-        return self._with(torch.cat([self.grams, *(o.grams for o in others)]))
+        if all(log.counts is None for log in (self, *others)):
+            return self._with(torch.cat([self.grams, *(o.grams for o in others)]))
+        total, *rest = (log.counted().counts for log in (self, *others))
+        for part in rest:
+            assert total is not None  # counted() logs hold counts
+            assert part is not None
+            total = total.added(part)
+        assert total is not None
+        return self._with(total)
 
     def save(self, path: str | Path) -> None:
-        """Write the log into a folder: `grams.safetensors` and `log.json`."""
+        """Write the log into a folder: `log.json`, and `grams.safetensors` or `counts.safetensors`."""
         folder = Path(path)
-        content = {"grams": self.grams.contiguous()}
-        write_bytes(folder / "grams.safetensors", lambda temporary: save_file(content, temporary))
+        kind = "grams" if self.counts is None else "counts"
+        content = {"grams": self._grams.contiguous()} if self.counts is None else self.counts.tensors()
+        write_bytes(folder / f"{kind}.safetensors", lambda temporary: save_file(content, temporary))
         write_json(
             folder / "log.json",
             {
@@ -220,6 +307,7 @@ class ConflictLog:
                 "tasks": list(self.tasks),
                 "layers": [{"name": n, "parameters": self.sizes[n], "type": self.types[n]} for n in self.layers],
                 "every": self.every,
+                "record": kind,
                 "steps": self.steps,
             },
         )
@@ -245,18 +333,27 @@ class ConflictLog:
             raise RunError(f"{source}: field 'layers' should list objects with name, parameters and type.")
         if not isinstance(every, int) or every < 1:
             raise RunError(f"{source}: field 'every' should be a positive whole number.")
-        file = folder / "grams.safetensors"
+        kind = data.get("record", "grams")
+        if kind not in ("grams", "counts"):
+            raise RunError(f"{source}: field 'record' should be 'grams' or 'counts'.")
+        file = folder / f"{kind}.safetensors"
+        record: Tensor | Counts
         try:
-            grams = load_file(file)["grams"]
+            content = load_file(file)
+            record = content["grams"] if kind == "grams" else Counts.from_tensors(content)
         except FileNotFoundError:
             raise RunError(f"There is no file {file}.") from None
         except (OSError, KeyError, SafetensorError) as cause:
-            raise RunError(f"{file} cannot be read as a log's Gram matrices: {cause}.") from None
-        if not grams.is_floating_point() or grams.ndim != 3 or grams.shape[0] != data.get("steps"):
-            raise RunError(f"{file}: expected [{data.get('steps')}, layers, pairs] floats, found {list(grams.shape)}.")
+            raise RunError(
+                f"{file} cannot be read as a log's {'Gram matrices' if kind == 'grams' else 'counts'}: {cause}."
+            ) from None
+        steps = record.steps if isinstance(record, Counts) else record.shape[0] if record.ndim == 3 else None
+        if steps != data.get("steps") or (isinstance(record, Tensor) and not record.is_floating_point()):
+            found = list(record.shape) if isinstance(record, Tensor) else f"{steps} steps"
+            raise RunError(f"{file}: expected [{data.get('steps')}, layers, pairs] floats, found {found}.")
         try:
             return cls(
-                grams,
+                record,
                 tasks=tasks,
                 layers=[e["name"] for e in layers],
                 sizes={e["name"]: e["parameters"] for e in layers},
@@ -265,82 +362,3 @@ class ConflictLog:
             )
         except (RunError, KeyError) as cause:
             raise RunError(f"{source} and {file.name} do not belong together: {cause}") from None
-
-
-class Ranking:
-    """Layers ordered by their conflict scores, best candidate for a split first.
-
-    Attributes:
-        layers: Names, most conflicts first; ties in network order.
-        scores: Conflicts of each, in the same order.
-        severity: The S that was counted with.
-        possible: The highest score there could have been: measured steps times task pairs.
-    """
-
-    def __init__(self, of: ConflictLog, scores: Mapping[str, int], *, severity: float, possible: int) -> None:
-        ordered = sorted(of.layers, key=lambda n: -scores[n])  # sorted is stable: ties keep network order
-        self.layers = tuple(ordered)
-        self.scores = tuple(scores[n] for n in ordered)
-        self.severity = severity
-        self.possible = possible
-        self.tasks = of.tasks
-        self.network_layers = of.layers
-        self.sizes = of.sizes
-        self.types = of.types
-
-    def __repr__(self) -> str:
-        best = ", ".join(f"{n} {s}" for n, s in zip(self.layers[:3], self.scores, strict=False))
-        return f"Ranking({len(self.layers)} layers at S={self.severity}, of {self.possible}: {best}, ...)"
-
-    def top(self, k: int) -> Plan:
-        """The plan that splits the K layers with most conflicts.
-
-        Raises:
-            PlanError: If K is not between 1 and the number of layers.
-        """
-        check_k(k, len(self.layers))
-        return self._plan(self.layers[:k], k=k)
-
-    def budget(self, *, megabytes: float) -> Plan:
-        """The plan that walks the ranking and splits every layer that still fits a budget.
-
-        Args:
-            megabytes: Parameters that the split may add: (tasks - 1) copies, fp32, in units of 2**20 bytes.
-
-        Raises:
-            PlanError: If not even the smallest layer fits.
-        """
-        left = megabytes
-        picked = []
-        for name in self.layers:
-            added = (len(self.tasks) - 1) * self.sizes[name] * 4 / 2**20
-            if added <= left:
-                picked.append(name)
-                left -= added
-        if not picked:
-            raise PlanError(
-                f"No layer fits into {megabytes} MB; the smallest has {min(self.sizes.values())} parameters."
-            )
-        return self._plan(picked, megabytes=megabytes)
-
-    def _plan(self, names: Sequence[str], **how: object) -> Plan:
-        scores = dict(zip(self.layers, self.scores, strict=True))
-        chosen = {"by": "conflict", "severity": self.severity, **how, "scores": {n: scores[n] for n in names}}
-        return Plan(tasks=self.tasks, layers=names, chosen=chosen)
-
-    def distance(self, other: Ranking) -> float:
-        """Mean difference of the layers' positions in two rankings; 0 for equal ones.
-
-        Raises:
-            PlanError: If the rankings are not of the same layers; one missing layer is named.
-
-        Reference: Shi et al., Recon, ICLR 2023, Eq. 22.
-        """
-        if set(self.layers) != set(other.layers):
-            missing = min(set(self.layers) ^ set(other.layers))
-            raise PlanError(
-                f"Rankings of different layers cannot be compared: {missing!r} is in one only. "
-                f"{nearest(missing, other.layers)}"
-            )
-        position = {n: i for i, n in enumerate(other.layers)}
-        return sum(abs(i - position[n]) for i, n in enumerate(self.layers)) / len(self.layers)

@@ -1,122 +1,61 @@
-"""Task gradients -> per-layer Gram matrices; the only file that calls autograd for measuring.
+"""Task gradients -> per-layer Gram matrices; what is shared, how it is taken, what comes of it.
 
-One forward pass, one backward pass per task over the same graph. A task's pass computes the gradients of everything it
-reaches: its heads (reached by nobody else) get theirs here and need no further pass, and the update of the shared part
-is the sum of the rows whose Gram is recorded.
+One forward pass, one backward pass per task over the same graph (`passes.py`). Per layer the gradient is taken at the
+weight (`flat`) or at the layer's output (`delta`, see `engines.py`). Neither needs a further pass for the update.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import Node
 
+from reconmtl.engines import Site, find_site, full_precision, pays, site_floats
 from reconmtl.errors import ProbeError
+from reconmtl.graph import Graph, check_losses, many, reach
 from reconmtl.layers import find_layers, match_layers
+from reconmtl.passes import Layout, Measured, Segment, Sweep, buffers_once
 
-OPAQUE = {
-    "CompiledFunctionBackward": "a region compiled by torch.compile hides which task reaches which parameter: "
-    "name the shared layers with `shared=[...]`, or probe the model uncompiled",
-    "CheckpointFunctionBackward": "re-entrant activation checkpointing cannot be differentiated per task: "
-    "use `checkpoint(..., use_reentrant=False)`",
-}
+__all__ = [
+    "Gradients",
+    "Layout",
+    "Measured",
+    "Segment",
+    "accumulate",
+    "check_losses",
+    "grams",
+    "reach",
+    "reference_grams",
+]
 
-
-@dataclass(frozen=True)
-class Segment:
-    """Where one layer's parameters lie in the flat gradient buffer."""
-
-    layer: str
-    start: int
-    stop: int
-    tasks: tuple[int, ...]  # positions of the tasks that reach the layer
-
-
-@dataclass(frozen=True)
-class Layout:
-    """What is shared in one graph, and where its gradients go."""
-
-    tasks: tuple[str, ...]
-    segments: tuple[Segment, ...]
-    shared: tuple[tuple[str, nn.Parameter], ...]  # in buffer order
-    reached: tuple[tuple[int, ...], ...]  # per task: positions in `shared` that it reaches
-    exclusive: tuple[tuple[nn.Parameter, ...], ...]  # per task: parameters that it alone reaches
-    dtype: torch.dtype
-    device: torch.device
-
-    @property
-    def layers(self) -> tuple[str, ...]:
-        """Measured layers in network order."""
-        return tuple(s.layer for s in self.segments)
-
-
-def check_losses(losses: Mapping[str, Tensor]) -> None:
-    """Raise a ProbeError that lists every loss which cannot be differentiated."""
-    faults = []
-    if not isinstance(losses, Mapping) or not losses:
-        raise ProbeError(f"Expected the losses as {{task: scalar tensor}}, got {type(losses).__name__} {losses!r:.80}.")
-    for task, loss in losses.items():
-        if not isinstance(loss, Tensor):
-            faults.append(f"task {task!r}: expected a scalar tensor, got {type(loss).__name__}")
-        elif loss.numel() != 1:
-            faults.append(f"task {task!r}: expected a scalar, got shape {list(loss.shape)}; reduce it, e.g. `.mean()`")
-        elif loss.grad_fn is None:
-            faults.append(f"task {task!r}: the loss depends on no parameter that requires a gradient")
-    if faults:
-        raise ProbeError("These losses cannot be probed: " + "; ".join(faults) + ".")
-
-
-def reach(losses: Sequence[Tensor], *, opaque: bool = False) -> dict[int, int]:
-    """Find which losses reach which leaf tensors, by walking the autograd graph once.
-
-    Args:
-        losses: Scalars with a graph.
-        opaque: True accepts graph nodes that hide what they compute.
-
-    Returns:
-        For each reached leaf, `id(leaf)` -> bit mask of the positions of the losses that reach it. What counts is
-        reachability, not a nonzero gradient.
-    """
-    order: list[Node] = []
-    children: dict[Node, list[Node]] = {}
-    for loss in losses:
-        assert loss.grad_fn is not None  # established by check_losses
-        stack: list[tuple[Node, bool]] = [(loss.grad_fn, False)]
-        while stack:
-            node, done = stack.pop()
-            if done:
-                order.append(node)
-            elif node not in children:
-                below = [n for n, _ in node.next_functions if n is not None]
-                children[node] = below
-                stack.append((node, True))
-                stack.extend((n, False) for n in below if n not in children)
-                if not opaque and (hint := OPAQUE.get(node.name())):
-                    raise ProbeError(f"The graph contains {node.name()}: {hint}.")
-    masks = dict.fromkeys(order, 0)
-    for i, loss in enumerate(losses):
-        masks[loss.grad_fn] |= 1 << i  # type: ignore[index]  # not None, see above
-    for node in reversed(order):  # reversed postorder: every node before the ones it depends on
-        mask = masks[node]
-        for child in children[node]:
-            masks[child] |= mask
-    leaves = ((getattr(node, "variable", None), mask) for node, mask in masks.items())
-    return {id(leaf): mask for leaf, mask in leaves if leaf is not None}
+MEMORY = 96 * 2**20
+"""Bytes that task gradients may take at once. Where those of all shared layers take more, they are taken in stages; a
+single layer is never divided, so tasks x (the largest layer) is needed in any case."""
 
 
 class Gradients:
-    """Measures per-task gradients of one model; keeps the buffer between steps.
+    """Measures per-task gradients of one model; keeps its buffer between steps.
 
     Args:
         model: The network whose layers are measured; split models too.
         shared: Names or globs of the shared layers where the graph cannot tell (compiled regions); None finds them.
+        engine: "flat" takes gradients at the weights, "delta" at the output of every layer that allows it, "auto"
+            where that clearly pays.
+        memory: Bytes that task gradients may take at once, see `MEMORY`.
+
+    Attributes:
+        engines: Which engine each measured layer uses and, if it is "flat", why: filled by the first sweep.
     """
 
-    def __init__(self, model: nn.Module, *, shared: Iterable[str] | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        shared: Iterable[str] | None = None,
+        engine: str = "flat",
+        memory: float = MEMORY,
+    ) -> None:
         if isinstance(model, nn.parallel.DistributedDataParallel):
             raise ProbeError(
                 "This model is wrapped in DistributedDataParallel, under which per-task gradients would silently stay "
@@ -126,22 +65,29 @@ class Gradients:
         if lazy:
             raise ProbeError(f"Parameter {lazy[0]!r} has no shape yet: run the model once on a batch before probing.")
         self.model = model
+        self.engine = engine
+        self.memory = memory
+        self.engines: dict[str, str] = {}
         self.layers = find_layers(model)
         self.forced = None if shared is None else set(match_layers(shared, [layer.name for layer in self.layers]))
         self._parameters = dict(model.named_parameters())
         self._layouts: dict[tuple[object, ...], Layout] = {}
         self._buffer: Tensor | None = None
+        self._trusted: dict[tuple[str, int], bool] = {}  # (weight, tasks) -> whether `delta` agreed with `flat`
 
     def layout(self, losses: Mapping[str, Tensor]) -> Layout:
         """Find what the given losses share; cached for graphs that share the same."""
+        return self._read(losses)[1]
+
+    def _read(self, losses: Mapping[str, Tensor]) -> tuple[Graph, Layout]:
         check_losses(losses)
-        masks = reach(list(losses.values()), opaque=self.forced is not None)
+        graph = Graph(list(losses.values()), opaque=self.forced is not None)
         everyone = (1 << len(losses)) - 1
         found: list[tuple[str, int]] = []
         for layer in self.layers:
             for name in layer.parameters:
                 parameter = self._parameters[name]
-                mask = masks.get(id(parameter), 0)
+                mask = graph.mask(parameter)
                 if self.forced is not None and layer.name in self.forced and parameter.requires_grad:
                     mask = everyone
                 if mask:
@@ -149,17 +95,23 @@ class Gradients:
         key = (tuple(losses), tuple(found))
         if key not in self._layouts:
             self._layouts[key] = self._build(tuple(losses), dict(found))
-        return self._layouts[key]
+        return graph, self._layouts[key]
 
     def _build(self, tasks: tuple[str, ...], masks: Mapping[str, int]) -> Layout:
-        segments, shared, position = [], [], 0
+        segments: list[Segment] = []
+        shared: list[tuple[str, nn.Parameter]] = []
+        starts: list[int] = []
+        owner: list[int] = []
+        position = 0
         for layer in self.layers:
-            names = [n for n in layer.parameters if _many(masks.get(n, 0))]
+            names = [n for n in layer.parameters if many(masks.get(n, 0))]
             if not names:
                 continue
             start = position
             for n in names:
                 shared.append((n, self._parameters[n]))
+                starts.append(position)
+                owner.append(len(segments))
                 position += self._parameters[n].numel()
             union = 0
             for n in names:
@@ -180,7 +132,11 @@ class Gradients:
             tasks=tasks,
             segments=tuple(segments),
             shared=tuple(shared),
-            reached=tuple(tuple(j for j, (n, _) in enumerate(shared) if masks[n] >> i & 1) for i in range(len(tasks))),
+            starts=tuple(starts),
+            owner=tuple(owner),
+            reached=tuple(
+                frozenset(j for j, (n, _) in enumerate(shared) if masks[n] >> i & 1) for i in range(len(tasks))
+            ),
             exclusive=tuple(
                 tuple(self._parameters[n] for n, m in masks.items() if m == 1 << i) for i in range(len(tasks))
             ),
@@ -188,10 +144,34 @@ class Gradients:
             device=every[0].device if every else torch.device("cpu"),
         )
 
+    def sweep(
+        self,
+        losses: Mapping[str, Tensor],
+        *,
+        retain_graph: bool = False,
+        weigh: Callable[[Tensor], Tensor] | None = None,
+    ) -> Measured:
+        """Measure every shared layer once.
+
+        Args:
+            losses: Scalar loss per task, all from one forward pass.
+            retain_graph: Keep the graph for a further backward pass.
+            weigh: Turns the Gram matrices [layers, tasks, tasks] into the weights [tasks] with which the shared
+                gradients are summed; None sums them. The weights depend on every layer, so all gradients are kept
+                until then, whatever `memory` says.
+
+        Returns:
+            Grams and update; the caller owns their memory.
+        """
+        graph, layout = self._read(losses)
+        self._refuse_hooks(layout)
+        sites = self._sites(graph, layout)
+        return self._make(graph, layout, losses, sites, retain_graph, self.memory).run(weigh)
+
     def measure(
         self, losses: Mapping[str, Tensor], *, retain_graph: bool = False
     ) -> tuple[Layout, Tensor, list[list[Tensor | None]]]:
-        """Run one backward pass per task.
+        """Take every task's gradient explicitly, whatever the engine and the memory bound.
 
         Args:
             losses: Scalar loss per task, all from one forward pass.
@@ -201,35 +181,74 @@ class Gradients:
             The layout; the shared gradients [tasks, parameters], a buffer that the next call overwrites; and per task
             the gradients of the parameters that it alone reaches.
         """
-        layout = self.layout(losses)
+        graph, layout = self._read(losses)
         self._refuse_hooks(layout)
-        rows = self._rows(layout)
-        own: list[list[Tensor | None]] = []
-        sizes = [p.numel() for _, p in layout.shared]
-        last = len(losses) - 1
-        for i, loss in enumerate(losses.values()):
-            inputs = [layout.shared[j][1] for j in layout.reached[i]]
-            inputs += layout.exclusive[i]
-            grads = torch.autograd.grad(loss, inputs, retain_graph=retain_graph or i < last, allow_unused=True)
-            pieces = rows[i].split(sizes) if sizes else ()
-            for j, grad in zip(layout.reached[i], grads, strict=False):
-                if grad is None:
-                    pieces[j].zero_()
-                else:
-                    dense = grad.to_dense() if grad.is_sparse else grad
-                    pieces[j].view(dense.shape).copy_(dense)
-            own.append(list(grads[len(layout.reached[i]) :]))
-        return layout, rows, own
+        sweep = self._make(graph, layout, losses, {}, retain_graph, float("inf"))
+        (part,) = sweep.parts
+        sweep.fill(part)
+        return layout, part.rows, sweep.own
 
-    def _rows(self, layout: Layout) -> Tensor:
-        width = layout.segments[-1].stop if layout.segments else 0
-        shape = (len(layout.tasks), width)
+    def _make(
+        self,
+        graph: Graph,
+        layout: Layout,
+        losses: Mapping[str, Tensor],
+        sites: Mapping[int, Site],
+        retain: bool,
+        memory: float,
+    ) -> Sweep:
+        return Sweep(
+            graph,
+            layout,
+            list(losses.values()),
+            sites=sites,
+            trusted=self._trusted,
+            space=lambda floats: self._space(layout, floats),
+            settle=buffers_once(self.model),
+            memory=memory,
+            whole=self.forced is not None,
+            retain=retain,
+        )
+
+    def _space(self, layout: Layout, floats: int) -> Tensor:
         buffer = self._buffer
-        if buffer is None or buffer.shape != shape or buffer.dtype != layout.dtype or buffer.device != layout.device:
-            self._buffer = buffer = torch.zeros(shape, dtype=layout.dtype, device=layout.device)
-        elif any(len(r) < len(layout.shared) for r in layout.reached):
-            buffer.zero_()  # rows of tasks that do not reach a parameter must be zero, whatever the last graph left
-        return buffer
+        if buffer is None or buffer.numel() < floats or buffer.dtype != layout.dtype or buffer.device != layout.device:
+            self._buffer = None  # the old one goes before the new one comes
+            self._buffer = buffer = torch.empty(floats, dtype=layout.dtype, device=layout.device)
+        return buffer[:floats]
+
+    def _sites(self, graph: Graph, layout: Layout) -> dict[int, Site]:
+        """Choose the weights, by position, that are measured at their layer's output; notes the choice per layer."""
+        chosen: dict[int, Site] = {}
+        tasks, itemsize = len(layout.tasks), layout.dtype.itemsize
+        for k, segment in enumerate(layout.segments):
+            indices = [j for j, owner in enumerate(layout.owner) if owner == k]
+            own = {id(layout.shared[j][1]) for j in indices}
+            why = ""
+            for j in indices:
+                name, parameter = layout.shared[j]
+                if self.engine == "flat" or self.forced is not None:
+                    reason: str | None = "as asked for" if self.forced is None else "the graph is hidden"
+                elif parameter.ndim < 2:
+                    reason = "no matrix of weights"
+                else:
+                    found = find_site(graph, parameter, own)
+                    reason = found if isinstance(found, str) else None
+                    if isinstance(found, Site):
+                        floats = site_floats(found.shape, tasks) + tasks * found.outputs * found.positions
+                        if parameter.dtype != layout.dtype:
+                            reason = f"its weight is {parameter.dtype}"
+                        elif not self._trusted.get((name, tasks), True):
+                            reason = "delta differed from flat"
+                        elif self.engine == "auto" and not pays(found.shape, tasks):
+                            reason = "delta would not pay"
+                        elif floats * itemsize > max(self.memory, 2 * tasks * parameter.numel() * itemsize):
+                            reason = "delta would need more memory"
+                        else:
+                            chosen[j] = found
+                why = why or reason or ""
+            self.engines[segment.layer] = "delta" if chosen.keys() & set(indices) else f"flat ({why})"
+        return chosen
 
     def _refuse_hooks(self, layout: Layout) -> None:
         hooked = [n for n, p in layout.shared if p._backward_hooks or getattr(p, "_post_accumulate_grad_hooks", None)]
@@ -238,10 +257,6 @@ class Gradients:
                 f"Parameter {hooked[0]!r} has a gradient hook, which would see every task's gradient, not their sum. "
                 "Remove it while probing, or act on `.grad` after `probe.backward`."
             )
-
-
-def _many(mask: int) -> bool:
-    return mask & (mask - 1) != 0
 
 
 def grams(layout: Layout, rows: Tensor) -> Tensor:
@@ -256,7 +271,7 @@ def grams(layout: Layout, rows: Tensor) -> Tensor:
     """
     n = len(layout.tasks)
     out = rows.new_empty((len(layout.segments), n, n))
-    with _full_precision(rows.device):
+    with full_precision(rows.device):
         for k, segment in enumerate(layout.segments):
             part = rows[:, segment.start : segment.stop]
             torch.mm(part, part.T, out=out[k])
@@ -267,22 +282,13 @@ def grams(layout: Layout, rows: Tensor) -> Tensor:
     return out
 
 
-@contextmanager
-def _full_precision(device: torch.device) -> Iterator[None]:
-    """TF32 would round inner products to ten bits; switch it off here, whatever the user set for training."""
-    if device.type != "cuda":
-        yield
-        return
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = False
-    try:
-        yield
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
-
-
 def accumulate(layout: Layout, rows: Tensor, own: Sequence[Sequence[Tensor | None]]) -> None:
     """Add the sum of the task gradients to `.grad`, as `sum(losses).backward()` does."""
+    add_update(layout, rows.sum(0), own)
+
+
+def add_update(layout: Layout, total: Tensor, own: Sequence[Sequence[Tensor | None]]) -> None:
+    """Add an update of the shared parameters [parameters], and what each task has for itself, to `.grad`."""
     seen: set[int] = set()
     for parameters, grads in zip(layout.exclusive, own, strict=True):
         for parameter, grad in zip(parameters, grads, strict=True):
@@ -293,12 +299,8 @@ def accumulate(layout: Layout, rows: Tensor, own: Sequence[Sequence[Tensor | Non
             _add_grad(parameter, grad.contiguous().clone() if alias else grad)
             if not grad.is_sparse:
                 seen.add(grad.data_ptr())
-    if layout.shared:
-        total = rows.sum(0)
-        for (_, parameter), piece in zip(
-            layout.shared, total.split([p.numel() for _, p in layout.shared]), strict=True
-        ):
-            _add_grad(parameter, piece.view(parameter.shape).to(parameter.dtype))
+    for j, (_, parameter) in enumerate(layout.shared):
+        _add_grad(parameter, total[layout.at(j)].view(parameter.shape).to(parameter.dtype))
 
 
 def _add_grad(parameter: nn.Parameter, grad: Tensor) -> None:

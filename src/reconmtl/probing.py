@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from reconmtl.conflicts import ConflictLog, cosines_from_grams
 from reconmtl.errors import ProbeError, UnknownNameError, nearest
-from reconmtl.gram import Gradients, Layout, accumulate, check_losses, grams, reference_grams
+from reconmtl.gram import Gradients, add_update, check_losses, reference_grams
+from reconmtl.recording import Recorder
+from reconmtl.schedule import Schedule
 
-Engine = Literal["auto", "flat"]
-CHUNK = 64
-"""Steps whose Grams stay on the device before they are copied to the CPU at once."""
+Engine = Literal["auto", "flat", "delta"]
 
 
 class Probe:
@@ -22,8 +22,13 @@ class Probe:
 
     Args:
         model: The network; shared layers are found from the graph. Split models too: per-task copies are not measured.
-        engine: How gradients are taken; "flat" is one backward pass per task, "auto" chooses.
+        engine: Where gradients are taken: "flat" at the weights, "delta" at the output of every layer that allows it
+            (see `engines.py`), "auto" where that clearly pays. `engines` says which layer uses which.
         every: Measure one step of so many; the others are plain backward passes.
+        start: First step that may be measured, counted from 0.
+        stop: First step that is not measured any more; None never stops.
+        overhead: Instead of `every`: the share of training time that measuring may add, e.g. 0.1. How many steps are
+            left out is found from the times of the first six and shown by `every`.
         exact: Add one ordinary backward pass per measured step, so that `.grad` is bit-equal to plain training's.
         shared: Names or globs of shared layers, only needed where compiled regions hide the graph.
 
@@ -45,21 +50,18 @@ class Probe:
         *,
         engine: Engine = "auto",
         every: int = 1,
+        start: int = 0,
+        stop: int | None = None,
+        overhead: float | None = None,
         exact: bool = False,
         shared: Iterable[str] | None = None,
     ) -> None:
         if engine not in get_args(Engine):
             raise UnknownNameError(f"Unknown engine {engine!r}. {nearest(str(engine), get_args(Engine))}")
-        if not isinstance(every, int) or isinstance(every, bool) or every < 1:
-            raise ProbeError(f"every = {every!r}: expected a whole number of steps, at least 1.")
-        self.every = every
+        self._schedule = Schedule(every=every, start=start, stop=stop, overhead=overhead)
         self.exact = exact
-        self._gradients = Gradients(model, shared=shared)
-        self._step = 0
-        self._tasks: list[str] = []
-        self._sizes: dict[str, int] = {}
-        self._pending: tuple[Layout, list[Tensor]] | None = None
-        self._chunks: list[tuple[Layout, Tensor]] = []
+        self._gradients = Gradients(model, shared=shared, engine=engine)
+        self._recorder = Recorder(self._gradients.layers)
 
     def backward(self, losses: Mapping[str, Tensor]) -> None:
         """Add the gradient of the summed losses to `.grad`, and record how the tasks' gradients relate.
@@ -70,42 +72,31 @@ class Probe:
         Raises:
             ProbeError: If a loss is no scalar, has no graph, or the graph cannot be told apart per task.
         """
-        step, self._step = self._step, self._step + 1
-        if step % self.every:
-            check_losses(losses)
-            _sum(losses).backward()
-            return
-        layout, rows, own = self._gradients.measure(losses, retain_graph=self.exact)
-        self._record(layout, grams(layout, rows))
+        with self._schedule.step() as measure:
+            if measure:
+                self._measure(losses)
+            else:
+                check_losses(losses)
+                _sum(losses).backward()
+
+    def _measure(self, losses: Mapping[str, Tensor]) -> None:
+        found = self._gradients.sweep(losses, retain_graph=self.exact)
+        self._recorder.add(found.layout, found.gram)
         if self.exact:
             _sum(losses).backward()
+            found.settle()
         else:
-            accumulate(layout, rows, own)
+            add_update(found.layout, found.total, found.own)
 
-    def _record(self, layout: Layout, gram: Tensor) -> None:
-        self._tasks += [t for t in layout.tasks if t not in self._tasks]
-        for s in layout.segments:
-            self._sizes[s.layer] = max(self._sizes.get(s.layer, 0), s.stop - s.start)
-        if self._pending is not None and (self._pending[0] is not layout or len(self._pending[1]) == CHUNK):
-            self._flush()
-        if self._pending is None:
-            self._pending = (layout, [])
-        self._pending[1].append(gram)
+    @property
+    def every(self) -> int:
+        """One of how many steps is measured."""
+        return self._schedule.every
 
-    def _flush(self) -> None:
-        if self._pending is None:
-            return
-        layout, pending = self._pending
-        chunk = torch.stack(pending).cpu()  # the only place where an accelerator has to be waited for
-        self._pending = None
-        for k, segment in enumerate(layout.segments):
-            for i in segment.tasks:
-                if not chunk[:, k, i, i].isfinite().all():
-                    raise ProbeError(
-                        f"The gradient of task {layout.tasks[i]!r} at layer {segment.layer!r} is not finite. "
-                        "Lower the learning rate, or look for a loss that divides by zero."
-                    )
-        self._chunks.append((layout, chunk))
+    @property
+    def engines(self) -> dict[str, str]:
+        """Which engine each measured layer uses and, if it is "flat", why; empty before the first measured step."""
+        return dict(self._gradients.engines)
 
     @property
     def log(self) -> ConflictLog:
@@ -114,25 +105,7 @@ class Probe:
         Raises:
             ProbeError: If nothing was recorded, or no layer is shared by two tasks.
         """
-        self._flush()
-        if not self._chunks:
-            raise ProbeError("Nothing has been recorded yet: call `probe.backward(losses)` in the training loop first.")
-        names = [layer.name for layer in self._gradients.layers if layer.name in self._sizes]
-        if not names:
-            raise ProbeError("No layer is reached by the losses of two tasks: there is nothing shared to measure.")
-        tasks, n = self._tasks, len(self._tasks)
-        rows, columns = torch.triu_indices(n, n)
-        parts = []
-        for layout, chunk in self._chunks:
-            full = chunk.new_full((chunk.shape[0], len(names), n, n), torch.nan)
-            at = torch.tensor([tasks.index(t) for t in layout.tasks])
-            where = torch.tensor([names.index(name) for name in layout.layers], dtype=torch.long)
-            full[:, where[:, None, None], at[None, :, None], at[None, None, :]] = chunk
-            parts.append(full[:, :, rows, columns])
-        types = {layer.name: layer.type for layer in self._gradients.layers}
-        return ConflictLog(
-            torch.cat(parts), tasks=tasks, layers=names, sizes=self._sizes, types=types, every=self.every
-        )
+        return self._recorder.log(every=self.every)
 
     def check(self, losses: Mapping[str, Tensor]) -> float:
         """Compare the engine with a slow oracle on the same graph; records nothing and leaves `.grad` alone.
@@ -146,7 +119,8 @@ class Probe:
         Raises:
             ProbeError: If a cosine differs by more than 1e-4 (1e-8 for a float64 model); the layer is named.
         """
-        layout, rows, _ = self._gradients.measure(losses, retain_graph=True)
+        found = self._gradients.sweep(losses, retain_graph=True)
+        layout = found.layout
         parameters = dict(layout.shared)
         by_layer = {
             layer.name: [parameters[p] for p in layer.parameters if p in parameters]
@@ -155,14 +129,16 @@ class Probe:
         }
         n = len(layout.tasks)
         upper = torch.triu_indices(n, n)
-        measured = grams(layout, rows).cpu().double()[:, upper[0], upper[1]]
-        expected = reference_grams(losses, by_layer)[:, upper[0], upper[1]]
+        measured = found.gram.cpu().double()[:, upper[0], upper[1]]
+        expected = reference_grams(losses, by_layer)
+        found.settle()
+        expected = expected[:, upper[0], upper[1]]
         ours, theirs = cosines_from_grams(measured, n), cosines_from_grams(expected, n)
         power = expected[:, upper[0] == upper[1]].amax(1)
         loud = power > 1e-12 * power.max()
         difference = torch.where(loud[:, None], (ours - theirs).abs(), 0.0).nan_to_num(0.0)
         worst = float(difference.max()) if difference.numel() else 0.0
-        if worst > (1e-8 if rows.dtype == torch.float64 else 1e-4):
+        if worst > (1e-8 if layout.dtype == torch.float64 else 1e-4):
             layer = layout.layers[int(difference.amax(1).argmax())]
             raise ProbeError(f"The probe's cosine of layer {layer!r} differs from the oracle's by {worst:.2e}.")
         return worst

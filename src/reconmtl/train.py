@@ -66,6 +66,7 @@ def _train(
     plan: Plan | None,
     seed: int,
     record: int,
+    overhead: float | None = None,
     machine: Machine,
     description: str,
     stop: int | None = None,
@@ -98,7 +99,7 @@ def _train(
         reached: set[nn.Parameter] = set()
         values: Values = {}
         schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, list(recipe.milestones), gamma=recipe.gamma)
-        probe = Probe(model, every=record, shared=problem.shared) if record else None
+        probe = Probe(model, every=record, overhead=overhead, shared=problem.shared) if record else None
         evaluated = {math.ceil(recipe.epochs * (i + 1) / EVALUATIONS) for i in range(EVALUATIONS)}
         for epoch in range(1, epochs + 1):
             model.train()
@@ -164,6 +165,7 @@ def probe(
     balancer: str = "joint",
     seed: int = 0,
     every: int = 1,
+    overhead: float | None = None,
     out: str | Path | None = None,
     machine: Machine | None = None,
 ) -> ConflictLog:
@@ -175,6 +177,8 @@ def probe(
         balancer: How the shared gradient is formed; "joint" is the sum of the task gradients.
         seed: Of initialisation and batches.
         every: Measure one step of so many.
+        overhead: Instead: the share of training time that measuring may add, e.g. 0.1. Which steps are measured then
+            depends on times; what is trained does not.
         out: Folder to write the log to.
         machine: Where and how it runs.
 
@@ -194,6 +198,7 @@ def probe(
         plan=None,
         seed=seed,
         record=every,
+        overhead=overhead,
         machine=machine or Machine(),
         description=f"probe seed {seed}",
         stop=epochs,

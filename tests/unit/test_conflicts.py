@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 import oracles
 from reconmtl.conflicts import ConflictLog, conflict_scores, cosines_from_grams, distribution, share_below
-from reconmtl.errors import PlanError, RunError, SeverityError
+from reconmtl.errors import RunError, SeverityError
 
 
 def _log(grams: torch.Tensor, tasks: tuple[str, ...] = ("a", "b")) -> ConflictLog:
@@ -77,43 +77,6 @@ def test_a_threshold_that_is_hit_exactly_is_not_counted() -> None:
 def test_severity_outside_its_range_is_refused(severity: float) -> None:
     with pytest.raises(SeverityError, match=r"outside \(-1, 0\]"):
         conflict_scores(torch.zeros(1, 1, 1), severity=severity)
-
-
-def test_ranking_orders_by_conflicts_and_keeps_network_order_in_ties() -> None:
-    log = _log(_two_task_grams([[0.5, -0.5, -0.5, 0.5], [0.5, -0.5, -0.5, -0.5]]))
-    ranking = log.rank(severity=-0.1)
-    assert ranking.layers == ("l1", "l2", "l3", "l0")
-    assert ranking.scores == (2, 2, 1, 0)
-    assert ranking.possible == 2
-    plan = ranking.top(2)
-    assert list(plan.layers) == ["l1", "l2"]
-    assert plan.layers["l1"] == (("a",), ("b",))
-    assert plan.chosen["scores"] == {"l1": 2, "l2": 2}
-
-
-@pytest.mark.parametrize("k", [0, 5, -1, 2.0])
-def test_top_refuses_more_layers_than_there_are(k: int) -> None:
-    ranking = _log(_two_task_grams([[0.5, -0.5, -0.5, 0.5]])).rank(severity=0)
-    with pytest.raises(PlanError, match="from 1 to 4"):
-        ranking.top(k)
-
-
-def test_budget_keeps_every_layer_that_still_fits() -> None:
-    ranking = _log(_two_task_grams([[0.5, -0.5, -0.5, -0.5], [0.5, 0.1, -0.5, -0.5]])).rank(severity=0)
-    assert ranking.layers == ("l2", "l3", "l1", "l0")  # of 30, 40, 20 and 10 parameters
-    plan = ranking.budget(megabytes=60 * 4 / 2**20)
-    assert list(plan.layers) == ["l2", "l1", "l0"]
-    with pytest.raises(PlanError, match="No layer fits"):
-        ranking.budget(megabytes=9 * 4 / 2**20)
-
-
-def test_distance_is_the_mean_difference_of_positions() -> None:
-    up = _log(_two_task_grams([[-0.5, -0.5, 0.5, 0.5], [-0.5, 0.5, 0.5, 0.5]])).rank(severity=0)
-    down = _log(_two_task_grams([[0.5, 0.5, -0.5, -0.5], [0.5, 0.5, 0.5, -0.5]])).rank(severity=0)
-    assert up.layers == ("l0", "l1", "l2", "l3")
-    assert down.layers == ("l3", "l2", "l0", "l1")
-    assert up.distance(up) == 0
-    assert up.distance(down) == down.distance(up) == (2 + 2 + 1 + 3) / 4
 
 
 def test_whole_vector_cosines_are_those_of_the_concatenation() -> None:

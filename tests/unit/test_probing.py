@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 import reconmtl as rm
 from reconmtl.errors import ProbeError, UnknownNameError
-from reconmtl.gram import Layout, grams
 from reconmtl.networks import resnet
-from reconmtl.probing import CHUNK, Probe
+from reconmtl.probing import Probe
+from reconmtl.recording import CHUNK
 
 
 class Small(nn.Module):
@@ -138,7 +138,7 @@ def test_every_measures_one_of_m_steps_and_changes_nothing_else() -> None:
 def test_the_log_is_the_same_however_it_was_buffered(monkeypatch: pytest.MonkeyPatch) -> None:
     logs = []
     for chunk in (CHUNK, 3):
-        monkeypatch.setattr("reconmtl.probing.CHUNK", chunk)
+        monkeypatch.setattr("reconmtl.recording.CHUNK", chunk)
         torch.manual_seed(0)
         model = Small()
         probe = Probe(model)
@@ -209,10 +209,7 @@ def test_check_finds_a_wrong_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     model = Small()
     x = _batches(1, torch.float32)[0]
 
-    def wrong(layout: Layout, rows: Tensor) -> Tensor:
-        return grams(layout, rows.flip(0) + rows[0])
-
-    monkeypatch.setattr("reconmtl.probing.grams", wrong)
+    monkeypatch.setattr("reconmtl.passes.torch.Tensor.addmm_", lambda g, a, b: g.add_((a.flip(0) + a[0]) @ b))
     with pytest.raises(ProbeError, match="differs from the oracle's"):
         Probe(model).check(_losses(model(x), x))
 
@@ -255,3 +252,17 @@ def test_copies_of_a_split_model_are_measured_only_where_they_are_shared() -> No
     pairs = dict(zip(probe.log.pairs, probe.log.cosines()[0, 0].tolist(), strict=True))
     assert [pair for pair, cosine in pairs.items() if cosine == cosine] == [("a", "c")]
     assert probe.log.cosines()[0, 1].isfinite().all()
+
+
+def test_a_budget_of_time_measures_some_steps_and_trains_the_same() -> None:
+    models = []
+    for overhead in (None, 0.1):
+        torch.manual_seed(0)
+        model = Small()
+        probe = Probe(model, overhead=overhead) if overhead else Probe(model)
+        _train(model, _batches(12, torch.float32), probe)
+        models.append([p.detach().clone() for p in model.parameters()])
+        assert probe.log.steps == 12 if overhead is None else 2 <= probe.log.steps < 12
+        assert probe.log.every == probe.every
+    for a, b in zip(*models, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)

@@ -1,0 +1,398 @@
+"""The passes of one measurement: heads first, then the shared part stage by stage, each layer reduced where it lies.
+
+Each task's head is backpropagated only to where the shared part begins, and freed. Then the shared part follows in as
+few stages as memory allows: within a stage one pass per task, then each layer's Gram matrix and the weighted sum of the
+task gradients that is the update; the stage's memory serves the next.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby, pairwise
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, Node
+
+from reconmtl.engines import Site, full_precision, product, site_gram
+from reconmtl.graph import Graph, Shared, Stage, many
+
+AGREE = {torch.float32: 1e-5, torch.float64: 1e-10}
+"""Largest difference of a cosine, or relative one of a gradient, at which `delta` is trusted for a layer."""
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Where one layer's parameters lie in the vector of all shared ones."""
+
+    layer: str
+    start: int
+    stop: int
+    tasks: tuple[int, ...]  # positions of the tasks that reach the layer
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What is shared in one graph, and where its gradients go."""
+
+    tasks: tuple[str, ...]
+    segments: tuple[Segment, ...]
+    shared: tuple[tuple[str, nn.Parameter], ...]  # in order
+    starts: tuple[int, ...]  # of each of them
+    owner: tuple[int, ...]  # position in `segments` of each of them
+    reached: tuple[frozenset[int], ...]  # per task: positions in `shared` that it reaches
+    exclusive: tuple[tuple[nn.Parameter, ...], ...]  # per task: parameters that it alone reaches
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """Measured layers in network order."""
+        return tuple(s.layer for s in self.segments)
+
+    @property
+    def width(self) -> int:
+        """Shared parameters."""
+        return self.segments[-1].stop if self.segments else 0
+
+    def at(self, j: int) -> slice:
+        """Where the j-th shared parameter lies."""
+        return slice(self.starts[j], self.starts[j] + self.shared[j][1].numel())
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What one sweep found.
+
+    Attributes:
+        layout: What is shared.
+        gram: Inner products [layers, tasks, tasks]; NaN for tasks that do not reach the layer.
+        total: Weighted sum of the task gradients of the shared parameters, [parameters].
+        own: Per task the gradients of the parameters that it alone reaches.
+        settle: To be called after a further backward pass over the same graph, see `buffers_once`.
+    """
+
+    layout: Layout
+    gram: Tensor
+    total: Tensor
+    own: list[list[Tensor | None]]
+    settle: Callable[[], None]
+
+
+@dataclass
+class _Part:
+    """What is taken in one stage, and the memory it is taken in."""
+
+    stage: Stage
+    flat: list[int]  # positions in `shared`
+    sites: list[tuple[int, int | None, Site]]  # positions of weight and bias
+    rows: Tensor = field(init=False)  # [tasks, parameters of `flat`]
+    grads: list[Tensor] = field(init=False)  # per site [tasks, outputs, N]
+    inputs: list[Tensor] = field(init=False)  # per site the layer's input
+
+    def place(self, layout: Layout, space: Callable[[int], Tensor]) -> None:
+        """Lay the stage's gradients out in one buffer."""
+        tasks = len(layout.tasks)
+        sizes = [tasks * sum(layout.shared[j][1].numel() for j in self.flat)]
+        sizes += [tasks * s.outputs * s.positions for _, _, s in self.sites]
+        self.inputs = [s.saved() for _, _, s in self.sites]
+        first, *rest = space(sum(sizes)).split(sizes)
+        self.rows = first.view(tasks, -1) if sizes[0] else first.new_empty(tasks, 0)
+        self.grads = [r.view(tasks, s.outputs, s.positions) for r, (_, _, s) in zip(rest, self.sites, strict=True)]
+
+
+class Sweep:
+    """One measurement: passes, stage by stage; holds the graph, so it lives no longer than the call."""
+
+    def __init__(
+        self,
+        graph: Graph,
+        layout: Layout,
+        losses: Sequence[Tensor],
+        *,
+        sites: Mapping[int, Site],
+        trusted: dict[tuple[str, int], bool],
+        space: Callable[[int], Tensor],
+        settle: Callable[[], None],
+        memory: float,
+        whole: bool,
+        retain: bool,
+    ) -> None:
+        self.graph, self.layout, self.losses = graph, layout, losses
+        self.trusted, self.space, self.settle, self.whole, self.retain = trusted, space, settle, whole, retain
+        self.own: list[list[Tensor | None]] = [[] for _ in losses]
+        position = {id(p): j for j, (_, p) in enumerate(layout.shared)}
+        self.biases = {j: position[s.bias] for j, s in sites.items() if s.bias in position}
+        hidden = sites.keys() | set(self.biases.values())
+        self.flat = {
+            graph.leaves[id(p)]: j
+            for j, (_, p) in enumerate(layout.shared)
+            if j not in hidden and id(p) in graph.leaves
+        }
+        self.at = {s.node: (j, self.biases.get(j), s) for j, s in sites.items()}
+        self.shared = Shared(graph, [*self.flat, *self.at], whole=self.whole)
+        self.pending: list[dict[tuple[Node, int], Tensor]] = [{} for _ in losses]
+        self.parts = self._cut(memory)
+
+    def _cut(self, memory: float) -> list[_Part]:
+        if self.whole:  # the graph cannot be read: one stage with everything in it, from the losses down
+            stage = Stage(frozenset(), (), ())
+            return [_Part(stage, list(range(len(self.layout.shared))), [])]
+        tasks, itemsize = len(self.losses), self.layout.dtype.itemsize
+
+        def cost(node: Node) -> int:
+            if node in self.at:
+                site = self.at[node][2]
+                return tasks * site.outputs * site.positions * itemsize
+            return tasks * self.layout.shared[self.flat[node]][1].numel() * itemsize
+
+        parts = []
+        for stage in self.shared.stages(cost, memory):
+            flat = sorted(self.flat[n] for n in stage.wanted if n in self.flat)
+            parts.append(_Part(stage, flat, [self.at[n] for n in stage.wanted if n in self.at]))
+        return parts
+
+    def run(self, weigh: Callable[[Tensor], Tensor] | None) -> Measured:
+        """Measure everything; see `Gradients.sweep`."""
+        layout, n = self.layout, len(self.losses)
+        if weigh is not None:
+            self.parts = self._cut(float("inf"))
+        gram = torch.zeros((len(layout.segments), n, n), dtype=layout.dtype, device=layout.device)
+        total = torch.zeros(layout.width, dtype=layout.dtype, device=layout.device)
+        for part in self.parts:
+            self.fill(part)
+            self._reduce(part, gram, total if weigh is None else None, None)
+            if weigh is None:
+                part.inputs.clear()
+        for k, segment in enumerate(layout.segments):
+            if len(segment.tasks) < n:
+                absent = [i for i in range(n) if i not in segment.tasks]
+                gram[k, absent, :] = torch.nan
+                gram[k, :, absent] = torch.nan
+        if weigh is not None:
+            weights = weigh(gram).to(total)
+            for part in self.parts:
+                self._reduce(part, None, total, weights)
+        return Measured(layout, gram, total, self.own, self.settle)
+
+    def fill(self, part: _Part) -> None:
+        """Run every task's pass through one stage."""
+        if part is self.parts[0]:
+            self._heads()
+        while True:
+            part.place(self.layout, self.space)
+            trial = self._trial(part)
+            after = self._passes(part, trial)
+            doubted = [d for d, explicit in trial.items() if not self._agrees(part, d, explicit)]
+            if not doubted:
+                break
+            part.flat = sorted([*part.flat, *(j for d in doubted for j in part.sites[d][:2] if j is not None)])
+            part.sites = [s for d, s in enumerate(part.sites) if d not in doubted]
+        if trial and not self.retain:  # the graph was kept for a second try: one more pass frees it
+            i = max((i for i in range(len(self.losses)) if self._starts(part, i)), default=0)
+            edges = [*(GradientEdge(s.node, 0) for _, _, s in part.sites), *part.stage.edges]
+            self._grad(*self._from(part, i), edges, False)
+        for i, gradients in enumerate(after):
+            for key in self._starts(part, i):
+                self.pending[i].pop(key, None)
+            for key, grad in gradients.items():
+                self.pending[i][key] = self.pending[i][key] + grad if key in self.pending[i] else grad
+
+    def _trial(self, part: _Part) -> dict[int, dict[int, list[Tensor]]]:
+        """Sites that were never compared with `flat`, each with the two tasks whose explicit gradients will tell."""
+        out: dict[int, dict[int, list[Tensor]]] = {}
+        for d, (j, _, _) in enumerate(part.sites):
+            if (self.layout.shared[j][0], len(self.losses)) not in self.trusted:
+                tasks = [i for i in range(len(self.losses)) if j in self.layout.reached[i]][:2]
+                out[d] = {i: [] for i in tasks}
+        return out
+
+    def _agrees(self, part: _Part, d: int, explicit: dict[int, list[Tensor]]) -> bool:
+        """Compare two tasks' explicit gradients at a site with what `delta` makes of them; keep the answer."""
+        j, bias, site = part.sites[d]
+        unfolded, grads = site.unfolded(part.inputs[d]), part.grads[d][list(explicit)]
+        measured = site_gram(unfolded, grads, bias=bias is not None)
+        first = next(iter(explicit.values()))[0].flatten()
+        with full_precision(first.device):
+            expected = torch.stack(
+                [
+                    torch.stack([_inner(a, b) for b in explicit.values()])  # no copies: these are large
+                    for a in explicit.values()
+                ]
+            )
+            update = product(grads[0], unfolded).flatten()
+        norms = expected.diagonal().sqrt()
+        bar = AGREE[self.layout.dtype]
+        if first.is_cuda and (torch.backends.cudnn.allow_tf32 or torch.backends.cuda.matmul.allow_tf32):
+            bar = 5e-3  # training's own gradients are rounded to ten bits: `delta` is the more exact one
+        agrees = bool(((measured - expected).abs() <= bar * norms * norms[:, None]).all())
+        agrees = agrees and float(update.sub_(first).norm()) <= bar * float(first.norm())
+        self.trusted[self.layout.shared[j][0], len(self.losses)] = agrees
+        return agrees
+
+    def _starts(self, part: _Part, i: int) -> list[tuple[Node, int]]:
+        return [key for key in self.pending[i] if key[0] in part.stage.nodes]
+
+    def _from(self, part: _Part, i: int) -> tuple[list[Tensor | GradientEdge], list[Tensor] | None]:
+        """Where a task's pass through a stage starts: at its loss if its head could not be cut off."""
+        if part is self.parts[0] and self.shared.heads[i] is None:
+            return [self.losses[i]], None
+        starts = self._starts(part, i)
+        return [GradientEdge(*key) for key in starts], [self.pending[i][key] for key in starts]
+
+    def _heads(self) -> None:
+        """Backpropagate what each task has for itself, to the edge of the shared part."""
+        for i, (loss, head) in enumerate(zip(self.losses, self.shared.heads, strict=True)):
+            if head is None:
+                continue
+            if many(self.graph.masks[loss.grad_fn]):  # type: ignore[index]  # not None, see check_losses
+                self.pending[i][loss.grad_fn, loss.output_nr] = torch.ones_like(loss)  # type: ignore[index]
+                continue
+            grads = self._grad([loss], None, [*head, *self.layout.exclusive[i]], self.retain)
+            for edge, grad in zip(head, grads, strict=False):
+                if grad is not None:
+                    self.pending[i][edge.node, edge.output_nr] = grad
+            self.own[i] = grads[len(head) :]
+
+    def _passes(self, part: _Part, trial: dict[int, dict[int, list[Tensor]]]) -> list[dict[tuple[Node, int], Tensor]]:
+        """Fill a stage's rows and gradients at sites; return, per task, the gradients where the stage ends."""
+        layout, after = self.layout, []
+        starts = [self._from(part, i) for i in range(len(self.losses))]
+        active = [i for i, (outputs, _) in enumerate(starts) if outputs]
+        for i, (outputs, cotangents) in enumerate(starts):
+            flat = [j for j in part.flat if j in layout.reached[i]]
+            sites = [d for d, (j, _, _) in enumerate(part.sites) if j in layout.reached[i]]
+            checked = [d for d in trial if i in trial[d]]
+            explicit = [j for d in checked for j in part.sites[d][:2] if j is not None]
+            own = layout.exclusive[i] if cotangents is None else ()
+            inputs: list[Tensor | GradientEdge] = [
+                *(layout.shared[j][1] for j in [*flat, *explicit]),
+                *(GradientEdge(part.sites[d][2].node, 0) for d in sites),
+                *part.stage.edges,
+                *own,
+            ]
+            keep = self.retain or bool(trial) or i not in active[-1:]
+            grads = self._grad(outputs, cotangents, inputs, keep)
+            self._store_rows(part, i, dict(zip(flat, grads, strict=False)))
+            del grads[: len(flat)]
+            for d in checked:
+                for j in part.sites[d][:2]:
+                    if j is not None:
+                        grad = grads.pop(0)
+                        trial[d][i].append(torch.zeros_like(layout.shared[j][1]) if grad is None else grad)
+            at_sites = dict(zip(sites, grads, strict=False))
+            del grads[: len(sites)]
+            for d, (_, _, site) in enumerate(part.sites):
+                delta = at_sites.get(d)
+                if delta is None:
+                    part.grads[d][i].zero_()
+                else:
+                    site.store(delta, part.grads[d][i])
+            edges = zip(part.stage.edges, grads, strict=False)
+            after.append({(e.node, e.output_nr): g for e, g in edges if g is not None})
+            if own:
+                self.own[i] = grads[len(part.stage.edges) :]
+        return after
+
+    def _store_rows(self, part: _Part, i: int, grads: Mapping[int, Tensor | None]) -> None:
+        sizes = [self.layout.shared[j][1].numel() for j in part.flat]
+        for j, piece in zip(part.flat, part.rows[i].split(sizes) if sizes else (), strict=True):
+            grad = grads.get(j)
+            if grad is None:
+                piece.zero_()  # the buffer holds what an earlier stage or graph left there
+            else:
+                dense = grad.to_dense() if grad.is_sparse else grad
+                piece.view(dense.shape).copy_(dense)
+
+    def _grad(
+        self,
+        outputs: Sequence[Tensor | GradientEdge],
+        cotangents: Sequence[Tensor] | None,
+        inputs: Sequence[Tensor | GradientEdge],
+        retain: bool,
+    ) -> list[Tensor | None]:
+        if not outputs or not inputs:
+            return [None] * len(inputs)
+        grads = torch.autograd.grad(outputs, inputs, cotangents, retain_graph=retain, allow_unused=True)  # type: ignore[arg-type]
+        self.settle()
+        return list(grads)
+
+    def _reduce(self, part: _Part, gram: Tensor | None, total: Tensor | None, weights: Tensor | None) -> None:
+        """Add a stage's layers to the Grams, and write their part of the update."""
+        layout, column = self.layout, 0
+        with full_precision(layout.device):
+            for k, group in groupby(part.flat, key=lambda j: layout.owner[j]):
+                for run in _consecutive(list(group)):
+                    place = slice(layout.starts[run[0]], layout.at(run[-1]).stop)
+                    rows = part.rows[:, column : column + place.stop - place.start]
+                    column += rows.shape[1]
+                    if gram is not None:
+                        gram[k].addmm_(rows, rows.T)
+                    if total is None:
+                        continue
+                    if weights is None:
+                        torch.sum(rows, 0, out=total[place])
+                    else:
+                        torch.mv(rows.T, weights, out=total[place])
+            for (j, bias, site), saved, grads in zip(part.sites, part.inputs, part.grads, strict=True):
+                unfolded = site.unfolded(saved)
+                if gram is not None:
+                    gram[layout.owner[j]] += site_gram(unfolded, grads, bias=bias is not None)
+                if total is not None:
+                    summed = grads.sum(0) if weights is None else torch.tensordot(weights, grads, 1)
+                    total[layout.at(j)].view(site.outputs, site.fan_in).copy_(product(summed, unfolded))
+                    if bias is not None:
+                        total[layout.at(bias)] = summed.sum(1)
+
+
+def _inner(first: Sequence[Tensor], second: Sequence[Tensor]) -> Tensor:
+    """Inner product, in float64, of two gradients given parameter by parameter; in pieces, because they are large."""
+    total = first[0].new_zeros((), dtype=torch.float64)
+    for a, b in zip(first, second, strict=True):
+        for x, y in zip(a.flatten().split(2**16), b.flatten().split(2**16), strict=True):
+            total += torch.dot(x.double(), y.double())
+    return total
+
+
+def _consecutive(positions: list[int]) -> list[list[int]]:
+    runs = [positions[:1]]
+    for before, here in pairwise(positions):
+        if here == before + 1:
+            runs[-1].append(here)
+        else:
+            runs.append([here])
+    return runs
+
+
+def buffers_once(model: nn.Module) -> Callable[[], None]:
+    """Let only the first of several backward passes over a graph change the model's buffers.
+
+    Activation checkpointing runs the forward again in every pass, and with it the update of running statistics; plain
+    training has one such pass.
+
+    Args:
+        model: Its buffers as they are now.
+
+    Returns:
+        To be called after each backward pass.
+    """
+    # Per module, because `F.batch_norm` changes running statistics without telling autograd's version counter; the
+    # module's counter of batches does tell.
+    groups = [[b for b in m.buffers(recurse=False) if not b.is_inference()] for m in model.modules()]
+    groups = [g for g in groups if g]
+    versions = [[b._version for b in g] for g in groups]
+    kept: dict[int, list[Tensor]] = {}
+
+    def settle() -> None:
+        for k, group in enumerate(groups):
+            if [b._version for b in group] != versions[k]:
+                with torch.no_grad():
+                    if k in kept:
+                        for buffer, value in zip(group, kept[k], strict=True):
+                            buffer.copy_(value)
+                    else:
+                        kept[k] = [b.clone() for b in group]
+                versions[k] = [b._version for b in group]
+
+    return settle

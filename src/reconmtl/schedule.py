@@ -1,0 +1,97 @@
+"""Which training steps are measured: one of so many, from here to there, or as many as a budget of time allows."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+
+from reconmtl.errors import ProbeError
+
+REHEARSAL = (False, False, False, True, False, True)
+"""Steps by which a budget learns what measuring costs: the first three and the first measured one warm up."""
+
+
+class Schedule:
+    """Decides step by step; strided steps tell more than a block of the same number (conflicts are autocorrelated).
+
+    Args:
+        every: Measure one step of so many.
+        start: First step that may be measured.
+        stop: First step that is not measured any more; None never stops.
+        overhead: Share of training time that measuring may add, e.g. 0.1; `every` is then found from the first
+            `len(REHEARSAL)` steps and kept. Which steps are measured depends on times, so two runs may differ in that.
+        clock: Seconds.
+
+    Raises:
+        ProbeError: If an argument is out of range; every fault is named.
+    """
+
+    def __init__(
+        self,
+        *,
+        every: int = 1,
+        start: int = 0,
+        stop: int | None = None,
+        overhead: float | None = None,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        faults = []
+        if not _whole(every) or every < 1:
+            faults.append(f"every = {every!r}: expected a whole number of steps, at least 1")
+        if not _whole(start) or start < 0:
+            faults.append(f"start = {start!r}: expected the number of a step, at least 0")
+        elif stop is not None and (not _whole(stop) or stop <= start):
+            faults.append(f"stop = {stop!r}: expected the number of a step after start = {start}, or None")
+        if overhead is not None:
+            if not isinstance(overhead, (int, float)) or isinstance(overhead, bool) or not 0 < overhead < math.inf:
+                faults.append(f"overhead = {overhead!r}: expected a share of training time above 0, e.g. 0.1")
+            elif every != 1:
+                faults.append(f"every = {every} and overhead = {overhead} both say how often to measure: pass one")
+        if faults:
+            raise ProbeError("; ".join(faults) + ".")
+        self.every, self.start, self.stop, self.overhead = every, start, stop, overhead
+        self._clock = clock
+        self._step = 0
+        self._first = start  # measured steps are this one and every `every` after it
+        self._rehearsed: list[tuple[float, float]] = []  # per step of the rehearsal: begin and end of its backward pass
+
+    @property
+    def _rehearsing(self) -> bool:
+        return self.overhead is not None and len(self._rehearsed) < len(REHEARSAL)
+
+    @contextmanager
+    def step(self) -> Iterator[bool]:
+        """Enclose the backward pass of one training step; yields whether to measure it."""
+        number, self._step = self._step, self._step + 1
+        if number < self.start or (self.stop is not None and number >= self.stop):
+            yield False
+        elif self._rehearsing:
+            began = self._now()
+            yield REHEARSAL[len(self._rehearsed)]
+            self._rehearsed.append((began, self._now()))
+            if not self._rehearsing:
+                self._settle(number)
+        else:
+            yield number >= self._first and (number - self._first) % self.every == 0
+
+    def _settle(self, number: int) -> None:
+        assert self.overhead is not None
+        durations = [end - begin for begin, end in self._rehearsed]
+        steps = [b[1] - a[1] for a, b in zip(self._rehearsed, self._rehearsed[1:], strict=False)]  # ends to ends
+        plain = max(min(steps[1], steps[3]), 1e-9)  # of a whole step: forward, backward, optimizer, data
+        extra = max(durations[5] - min(durations[2], durations[4]), 0.0)
+        self.every = max(1, math.ceil(extra / (self.overhead * plain)))
+        self._first = number + sum(REHEARSAL) * self.every  # the rehearsal's measured steps are paid for first
+
+    def _now(self) -> float:
+        if torch.accelerator.is_available():
+            torch.accelerator.synchronize()  # only while rehearsing
+        return self._clock()
+
+
+def _whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
