@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -141,6 +142,7 @@ class Checkpointed(Headed):
     """A residual trunk whose second block is computed again in the backward."""
 
     reentrant = False
+    nested = False
 
     def __init__(self) -> None:
         trunk = build()
@@ -148,14 +150,19 @@ class Checkpointed(Headed):
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         first, second, pool = cast(nn.Sequential, self.trunk)
-        y = checkpoint(second, first(x), use_reentrant=self.reentrant)
+        block: Any = second
+        if self.nested:
+            block = partial(checkpoint, second, use_reentrant=False)
+        y = checkpoint(block, first(x), use_reentrant=self.reentrant)
         return {t: h(pool(y).flatten(1)) for t, h in self.heads.items()}
 
 
+@pytest.mark.parametrize("nested", [False, True])
 @pytest.mark.parametrize("layers", [["trunk.0.conv2"], ["trunk.1.conv1"], ["trunk.1.bn2", "trunk.1.conv2"]], ids=str)
-def test_checkpointing_gives_the_gradients_of_one_network_per_task(x: Tensor, layers: list[str]) -> None:
+def test_checkpointing_gives_the_gradients_of_one_network_per_task(x: Tensor, layers: list[str], nested: bool) -> None:
     torch.manual_seed(0)
     net, x = Checkpointed().double(), x.double()
+    net.nested = nested
     cast(Any, net.trunk)[1].relu.inplace = False
     model = split(net, plan(*layers), sample=x)
     perturb(model)
@@ -166,6 +173,16 @@ def test_checkpointing_gives_the_gradients_of_one_network_per_task(x: Tensor, la
         ((TASKS.index(t) + 1) * one(x)[t].square().mean()).backward()
     for n, p in plain.named_parameters():
         torch.testing.assert_close(mine[n], p.grad, rtol=1e-10, atol=1e-12)
+
+
+def test_values_kept_elsewhere_for_the_backward(x: Tensor) -> None:
+    model = split(build().double(), plan(*LAYERS), sample=x.double())
+    perturb(model)
+    expected = gradients(copy.deepcopy(model), x.double())
+    with torch.autograd.graph.save_on_cpu():
+        mine = gradients(model, x.double())
+    for n, g in expected.items():
+        torch.testing.assert_close(mine[n], g, rtol=1e-10, atol=1e-12)
 
 
 def test_reentrant_checkpointing_is_refused_before_a_gradient_is_used(x: Tensor) -> None:

@@ -456,3 +456,57 @@ def test_a_cache_that_would_be_filled_once_per_task_is_refused(options: dict[str
         model(**inputs)
     out = split(net, QUERY, **options)(**tokens(), use_cache=False)
     assert all(torch.equal(out[t].last_hidden_state, net(**tokens()).last_hidden_state) for t in TASKS)
+
+
+# Options of the library ---------------------------------------------------------------------------------------------
+
+
+def checkpointing(net: nn.Module, *, reentrant: bool = False) -> None:
+    """Turn activation checkpointing on; the method was renamed in transformers 5."""
+    trunk: Any = net.get_submodule("trunk")
+    enable = getattr(trunk, "activation_checkpointing_enable", None) or trunk.gradient_checkpointing_enable
+    enable({"use_reentrant": reentrant})
+
+
+@pytest.mark.parametrize("name", ["bert", "vit", "swin"])  # Swin's is nested: stages, and the layers in them
+def test_activation_checkpointing(name: str) -> None:
+    net, inputs = build(ARCHITECTURES[name])
+    checkpointing(net)
+    check(net, inputs, random_set(ARCHITECTURES[name], net, 0), training=True, tolerance=TOLERANCE)
+
+
+def test_reentrant_activation_checkpointing_is_refused() -> None:
+    net, inputs = build(ARCHITECTURES["bert"])
+    checkpointing(net, reentrant=True)
+    with pytest.raises(SplitError, match="re-entrant"):
+        split(net, Plan(tasks=TASKS, layers=["trunk.encoder.layer.1.output.dense"]), sample=inputs)
+
+
+RETURNS = ("output_hidden_states", "output_attentions")
+
+
+@pytest.mark.parametrize(
+    ("name", "option"),
+    [(n, o) for n in ("bert", "gpt2", "llama", "t5_encoder") for o in (*RETURNS, "attention_mask")]
+    + [("vit", o) for o in RETURNS],
+)
+def test_what_else_a_model_returns_is_that_of_each_task(name: str, option: str) -> None:
+    headed, inputs = build(ARCHITECTURES[name])
+    net: Any = headed.get_submodule("trunk")
+    value: Any = True
+    if option == "output_attentions":
+        net.set_attn_implementation("eager")
+    if option == "attention_mask":
+        value = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0]])
+    layers = [n.removeprefix("trunk.") for n in random_set(ARCHITECTURES[name], headed, 2)]
+    model = split(net, Plan(tasks=TASKS, layers=layers))
+    perturb(model)
+    out = model(**inputs, **{option: value})
+    for t in TASKS:
+        alone = copy.deepcopy(net)
+        alone.load_state_dict(state_of(model, t))
+        expected = alone(**inputs, **{option: value})
+        mine, theirs = tensors_of(out[t]), tensors_of(expected)
+        assert len(mine) == len(theirs)
+        assert option == "attention_mask" or len(mine) > 2
+        assert all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
