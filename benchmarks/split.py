@@ -1,6 +1,6 @@
 """What branched values cost: a split ResNet18 against the same branches written by hand, in one process.
 
-    python benchmarks/split.py            # about ten minutes on one core; writes benchmarks/results/split.json
+    python benchmarks/split.py            # several minutes on one core; writes benchmarks/results/split.json
     python benchmarks/split.py --quick    # half a minute; the small network only, few rounds, writes nothing
 
 Both sides take turns, so that what slows the machine slows both; times are process CPU time on one thread. A number is
@@ -129,6 +129,8 @@ def against_hand(width: int, batch: int, rounds: int, at_least: float) -> dict[s
     result: dict[str, Any] = {"width": width, "batch": batch, "layers": list(PLAN.layers), "tasks": len(TASKS)}
     result["step"] = interleaved(lambda: step(mine, x), lambda: step(hand, x), rounds, at_least)
     result["forward"] = interleaved(lambda: mine(x), lambda: hand(x), rounds, at_least)
+    loop = split(net, PLAN, sample=x, mode="loop")
+    result["loop_step"] = interleaved(lambda: step(loop, x), lambda: step(hand, x), rounds, at_least)
     one = view(mine, "b")
     result["view_step"] = interleaved(lambda: step(one, x, ("b",)), lambda: step(net, x, ("b",)), rounds, at_least)
     mine.eval(), hand.eval()
@@ -173,6 +175,7 @@ def table(results: dict[str, Any]) -> str:
             ("step", "training step / by hand"),
             ("forward", "training forward / by hand"),
             ("inference", "inference / by hand"),
+            ("loop_step", "training step with mode='loop' / by hand"),
             ("view_step", "training step of a view / original"),
             ("view_inference", "inference of a view / original"),
         ):
