@@ -182,7 +182,7 @@ class Shared:
             cost: Of keeping the gradients of all tasks at a wanted node.
             limit: Largest sum per stage; a single node that costs more makes a stage of its own at best.
         """
-        n = len(self.position)
+        n = max(len(self.position), 1)  # behind a split of the first layer nothing is shared but parameters
         where: dict[Node, int] = {}
         blocked = [0] * (n + 1)  # cut p separates positions < p from positions >= p
         crossing = [0] * (n + 1)
@@ -205,7 +205,7 @@ class Shared:
             spans[min(at) + 1] += 1
             if last + 1 <= n:
                 spans[last + 1] -= 1
-        costs = [0] * max(n, 1)
+        costs = [0] * n
         for node, p in where.items():
             costs[p] += cost(node)
         cuts, total, best, inside, over = [0], 0, 0, 0, 0
@@ -220,7 +220,7 @@ class Shared:
                 total = since_best
             total += costs[p]
             since_best += costs[p]
-        return [self._stage(a, b, where) for a, b in zip(cuts, [*cuts[1:], max(n, 1)], strict=True)]
+        return [self._stage(a, b, where) for a, b in zip(cuts, [*cuts[1:], n], strict=True)]
 
     def _stage(self, start: int, stop: int, where: Mapping[Node, int]) -> Stage:
         nodes = [n for n, p in self.position.items() if start <= p < stop]

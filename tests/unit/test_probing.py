@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 import reconmtl as rm
 from reconmtl.errors import ProbeError, UnknownNameError
+from reconmtl.layers import find_layers, match_layers
 from reconmtl.networks import resnet
 from reconmtl.probing import Probe
 from reconmtl.recording import CHUNK
@@ -266,3 +267,24 @@ def test_a_budget_of_time_measures_some_steps_and_trains_the_same() -> None:
         assert probe.log.every == probe.every
     for a, b in zip(*models, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("engine", ["auto", "flat", "delta"])
+@pytest.mark.parametrize("split", [["conv1"], ["conv1", "bn1", "layer2.*"], ["layer3.0.conv1"], ["*1", "fc"]])
+def test_layers_that_stay_shared_behind_a_split_equal_the_oracle(split: list[str], engine: Any) -> None:
+    torch.manual_seed(0)
+    model = resnet.multifashion(width=4).double()
+    names = [n for n in match_layers(split, [x.name for x in find_layers(model)]) if "heads" not in n]
+    new = rm.split(model, rm.Plan(tasks=["digit", "fashion"], layers=names))
+    x = torch.rand(8, 1, 36, 36, dtype=torch.float64)
+    twin = copy.deepcopy(new)
+    probe = Probe(new, engine=engine)
+    losses = _losses(new(x), x)
+    assert probe.check(losses) < 1e-10
+    probe.backward(losses)
+    sum(_losses(twin(x), x).values()).backward()  # type: ignore[union-attr]
+    assert not set(names) & set(probe.log.layers)
+    assert len(probe.log.layers) == 41 - len(names)
+    for (name, p), q in zip(twin.named_parameters(), new.parameters(), strict=True):
+        assert p.grad is not None
+        torch.testing.assert_close(q.grad, p.grad, rtol=1e-9, atol=1e-12, msg=name)

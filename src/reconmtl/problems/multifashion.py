@@ -20,10 +20,10 @@ TASKS = ("digit", "fashion")
 PRESETS = {
     "demo": Preset(
         options={"width": 8, "data": "mini"},
-        epochs=12,
+        epochs=8,
         batch_size=64,
         lr=0.1,
-        probe_epochs=3,
+        probe_epochs=2,
         severity=-0.1,
         k=25,
         seeds=(0, 1),
