@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from reconmtl.comparing import grid
+from reconmtl.errors import ProblemError
 from reconmtl.gram import check_losses, reach
 from reconmtl.layers import find_layers
 from reconmtl.probing import Probe
@@ -50,12 +51,37 @@ def layer_table(model: nn.Module, losses: Mapping[str, Tensor] | None = None) ->
     return grid(header, rows)
 
 
+def covering(problem: Problem) -> Tensor:
+    """Find a few training samples, at least two, that have a target for every task between them.
+
+    Returns:
+        Positions in the training set, [n].
+
+    Raises:
+        ProblemError: If no training sample has a target for some task.
+    """
+    chosen: list[int] = []
+    seen: set[str] = set()
+    order = torch.randperm(len(problem.train), generator=torch.Generator().manual_seed(0))
+    for i in order.tolist():
+        found = set(problem.batch(problem.train, torch.tensor([i]), torch.device("cpu"))[1])
+        if len(chosen) < 2 or not found <= seen:
+            chosen.append(i)
+            seen |= found
+        if len(chosen) >= 2 and len(seen) == len(problem.tasks):
+            return torch.tensor(chosen)
+    missing = [t for t in problem.task_names if t not in seen]
+    if missing:
+        raise ProblemError(f"No training sample has a target for {missing}; is that the key in the data set's items?")
+    return torch.tensor(chosen)
+
+
 def check_probe(problem: Problem, *, batch: tuple[Any, Mapping[str, Tensor]] | None = None) -> float:
     """Compare the probe with a slow oracle on a fresh network of a problem; nothing is trained.
 
     Args:
         problem: Whose network, losses and data are used.
-        batch: Inputs and {task: targets}; None takes the first batch of the training set.
+        batch: Inputs and {task: targets}; None takes the first batch of the training set, and samples of other tasks.
 
     Returns:
         The largest difference of a cosine, over layers that carry more than rounding noise.
@@ -66,8 +92,9 @@ def check_probe(problem: Problem, *, batch: tuple[Any, Mapping[str, Tensor]] | N
     with seeded(0):
         model = problem.model()
         if batch is None:
-            size = min(problem.recipe.batch_size, len(problem.train))
-            inputs, targets = problem.batch(problem.train, torch.arange(size), torch.device("cpu"))
+            first = torch.arange(min(problem.recipe.batch_size, len(problem.train)))
+            indices = torch.cat([first, covering(problem)]).unique()
+            inputs, targets = problem.batch(problem.train, indices, torch.device("cpu"))
         else:
             inputs, targets = batch[0], {t: (y, None) for t, y in batch[1].items()}
         losses = problem.losses(call(model, inputs), targets)

@@ -233,9 +233,16 @@ def full_precision(device: torch.device) -> Iterator[None]:
     if device.type != "cuda":
         yield
         return
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = False
+    # The setting by backend, not `allow_tf32`: that one raises where a user has set precision the new way.
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "ieee"
     try:
         yield
     finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
+        torch.backends.cuda.matmul.fp32_precision = before
+
+
+def rounds_to_tf32() -> bool:
+    """Whether training's own gradients are rounded to ten bits on an accelerator."""
+    convolution: str = torch.backends.cudnn.conv.fp32_precision  # type: ignore[attr-defined]  # missing from the stubs
+    return "tf32" in (torch.backends.cuda.matmul.fp32_precision, convolution)

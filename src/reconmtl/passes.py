@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node
 
-from reconmtl.engines import Site, full_precision, product, site_gram
+from reconmtl.engines import Site, full_precision, product, rounds_to_tf32, site_gram
 from reconmtl.graph import Graph, Shared, Stage, many
 
 AGREE = {torch.float32: 1e-5, torch.float64: 1e-10}
@@ -224,8 +224,8 @@ class Sweep:
             update = product(grads[0], unfolded).flatten()
         norms = expected.diagonal().sqrt()
         bar = AGREE[self.layout.dtype]
-        if first.is_cuda and (torch.backends.cudnn.allow_tf32 or torch.backends.cuda.matmul.allow_tf32):
-            bar = 5e-3  # training's own gradients are rounded to ten bits: `delta` is the more exact one
+        if first.is_cuda and rounds_to_tf32():
+            bar = 5e-3  # `delta` is the more exact one
         agrees = bool(((measured - expected).abs() <= bar * norms * norms[:, None]).all())
         agrees = agrees and float(update.sub_(first).norm()) <= bar * float(first.norm())
         self.trusted[self.layout.shared[j][0], len(self.losses)] = agrees

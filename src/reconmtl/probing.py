@@ -121,6 +121,8 @@ class Probe:
         """
         found = self._gradients.sweep(losses, retain_graph=True)
         layout = found.layout
+        if not layout.layers:
+            raise ProbeError("No layer is reached by the losses of two tasks: there is nothing shared to measure.")
         parameters = dict(layout.shared)
         by_layer = {
             layer.name: [parameters[p] for p in layer.parameters if p in parameters]

@@ -16,6 +16,7 @@ from typing import Any, Literal
 import torch
 
 from reconmtl import progress
+from reconmtl.checking import covering
 from reconmtl.choices import Decided, decide, load_problem
 from reconmtl.comparing import Comparison, compare
 from reconmtl.conflicts import ConflictLog, Ranking
@@ -202,11 +203,11 @@ def run_study(settings: Settings) -> Study:
 
 
 def _rehearse(decided: Decided) -> None:
-    """Run two samples through a fresh network: what would fail after hours fails now, before a folder is made."""
+    """Run a few samples through a fresh network: what would fail after hours fails now, before a folder is made."""
     problem = load_problem(decided)
     with seeded(decided.seeds[0]):
         model = problem.model()
-        inputs, targets = problem.batch(problem.train, torch.arange(min(2, len(problem.train))), torch.device("cpu"))
+        inputs, targets = problem.batch(problem.train, covering(problem), torch.device("cpu"))
         layout = Gradients(model, shared=problem.shared).layout(problem.losses(call(model, inputs), targets))
     if not layout.layers:
         raise ProblemError("No layer is reached by the losses of two tasks: there is nothing shared to split.")

@@ -8,13 +8,13 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import nn
 
 from reconmtl.conflicts import ConflictLog
-from reconmtl.errors import ProblemError, RunError, UnknownNameError, nearest
+from reconmtl.errors import ProblemError, RunError, nearest
 from reconmtl.evaluation import Machine, evaluate
 from reconmtl.files import write_json
 from reconmtl.plan import Plan
@@ -32,24 +32,15 @@ from reconmtl.runs import (
     plain_values,
     save_checkpoint,
 )
+from reconmtl.single import SingleTasks, for_one
 from reconmtl.splitting import check_optimizer, split
 
 Method = Literal["joint", "single"]
+NormStats = Literal["per-task", "shared"]
+NORM_STATS = get_args(NormStats)
 BALANCERS = ("joint",)
 EVALUATIONS = 10
 """Evaluations spread over a training, the last one after the last epoch."""
-
-
-class SingleTasks(nn.Module):
-    """One network per task behind one call: `model(x)` returns {task: output of the task's own network}."""
-
-    def __init__(self, networks: Mapping[str, nn.Module]) -> None:
-        super().__init__()
-        self.networks = nn.ModuleDict(networks)
-
-    def forward(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # noqa: ANN401 whatever the networks take
-        """Run every task's network on the same input."""
-        return {task: network(*args, **kwargs)[task] for task, network in self.networks.items()}
 
 
 @dataclass(frozen=True)
@@ -70,7 +61,7 @@ def _train(
     machine: Machine,
     description: str,
     stop: int | None = None,
-    norm_stats: Literal["per-task", "shared"] = "per-task",
+    norm_stats: NormStats = "per-task",
     metrics: Path | None = None,
 ) -> _Trained:
     """Train one network from scratch under one seed, for `stop` epochs of the recipe's schedule (None: all)."""
@@ -152,12 +143,6 @@ def _overridden(problem: Problem, overrides: Mapping[str, Any]) -> Problem:
     return problem.replace(recipe=problem.recipe.override(**overrides)) if overrides else problem
 
 
-def _check_record(record: int) -> int:
-    if not isinstance(record, int) or record < 0:
-        raise ProblemError(f"record = {record!r}: expected True (every step), or a whole number m: one of m steps.")
-    return int(record)
-
-
 def probe(
     problem: Problem,
     *,
@@ -190,9 +175,11 @@ def probe(
 
     Reference: Shi et al., Recon, ICLR 2023, Algorithm 1.
     """
-    _check_balancer(balancer)
+    _check_arguments(problem, "joint", None, balancer, every, (seed,), "per-task")
     if not isinstance(epochs, int) or not 1 <= epochs <= problem.recipe.epochs:
         raise ProblemError(f"epochs = {epochs!r}: expected 1 to {problem.recipe.epochs}, the length of the schedule.")
+    if every < 1:
+        raise ProblemError(f"every = {every!r}: expected a whole number of steps, at least 1.")
     trained = _train(
         problem,
         plan=None,
@@ -209,11 +196,6 @@ def probe(
     return trained.log
 
 
-def _check_balancer(balancer: str | None) -> None:
-    if balancer is not None and balancer not in BALANCERS:
-        raise UnknownNameError(f"Unknown balancer {balancer!r}. {nearest(str(balancer), BALANCERS)}")
-
-
 def fit(
     problem: Problem,
     *,
@@ -222,7 +204,7 @@ def fit(
     balancer: str | None = None,
     record: int = False,
     seeds: Sequence[int] = (0,),
-    norm_stats: Literal["per-task", "shared"] = "per-task",
+    norm_stats: NormStats = "per-task",
     out: str | Path | None = None,
     resume: bool = False,
     overwrite: bool = False,
@@ -253,48 +235,92 @@ def fit(
 
     Reference: Shi et al., Recon, ICLR 2023, Algorithm 1 (the second training).
     """
-    if method not in get_args(Method):
-        raise UnknownNameError(f"Unknown method {method!r}. {nearest(str(method), get_args(Method))}")
-    if method == "single" and (plan is not None or record):
-        raise ProblemError("Single-task training shares nothing: `plan` and `record` do not apply to it.")
-    _check_balancer(balancer)
-    if len(set(seeds)) != len(seeds) or not seeds:
-        raise ProblemError(f"seeds = {list(seeds)}: expected different whole numbers, at least one.")
     problem = _overridden(problem, recipe_overrides)
-    record = _check_record(record)
-    machine = machine or Machine()
+    _check_arguments(problem, method, plan, balancer, record, seeds, norm_stats)
+    job = _Job(problem, method, plan, int(record), norm_stats, machine or Machine())
     folder = None if out is None else Path(out)
-    return [
-        _fit_seed(problem, method, plan, record, seed, norm_stats, folder, resume, overwrite, machine) for seed in seeds
-    ]
+    return [_fit_seed(job, seed, folder, resume, overwrite) for seed in seeds]
 
 
-def _fit_seed(
+def _check_arguments(
     problem: Problem,
-    method: Method,
+    method: str,
     plan: Plan | None,
+    balancer: str | None,
     record: int,
-    seed: int,
-    norm_stats: Literal["per-task", "shared"],
-    out: Path | None,
-    resume: bool,
-    overwrite: bool,
-    machine: Machine,
-) -> Run:
-    config = {
-        "format": "reconmtl.config/1",
-        "problem": problem.name,
-        "method": method,
-        "seed": seed,
-        "record": record,
-        "norm_stats": norm_stats,
-        "recipe": problem.recipe.to_dict(),
-        "plan": None if plan is None else plan.to_dict(),
-        "machine": {"precision": str(machine.precision), "max_batches": machine.max_batches},
-    }
+    seeds: Sequence[int],
+    norm_stats: str,
+) -> None:
+    """Raise one error that lists every argument of `fit` that cannot be."""
+    faults = []
+    if method not in get_args(Method):
+        faults.append(f"Unknown method {method!r}. {nearest(str(method), get_args(Method))}")
+    if balancer is not None and balancer not in BALANCERS:
+        faults.append(f"Unknown balancer {balancer!r}. {nearest(str(balancer), BALANCERS)}")
+    if norm_stats not in NORM_STATS:
+        faults.append(f"Unknown norm_stats {norm_stats!r}. {nearest(str(norm_stats), NORM_STATS)}")
+    if not isinstance(record, int) or record < 0:
+        faults.append(f"record = {record!r}: expected True (every step), or a whole number m: one of m steps.")
+    if method == "single" and (plan is not None or record):
+        faults.append("Single-task training shares nothing: `plan` and `record` do not apply to it.")
+    if plan is not None and not isinstance(plan, Plan):
+        faults.append(f"plan: expected a Plan, got {type(plan).__name__}; read a file with `rm.Plan.load(path)`.")
+    elif plan is not None and set(plan.tasks) != set(problem.task_names):
+        faults.append(f"The plan is for tasks {list(plan.tasks)}, the problem has {list(problem.task_names)}.")
+    elif plan is not None and not plan.layers:
+        faults.append("The plan splits no layer; pass plan=None for joint training.")
+    faults += check_seeds(seeds)
+    if faults:
+        raise ProblemError("\n".join(faults))
+
+
+def check_seeds(seeds: object) -> list[str]:
+    """What is wrong with a list of seeds, as sentences; empty if nothing is."""
+    if not isinstance(seeds, Sequence) or isinstance(seeds, str):
+        return [f"seeds = {seeds!r}: expected a list of whole numbers, e.g. (0, 1, 2)."]
+    wrong = [s for s in seeds if not isinstance(s, int) or isinstance(s, bool) or not 0 <= s < 2**32]
+    if wrong or not seeds or len(set(seeds)) != len(seeds):
+        return [f"seeds = {list(seeds)}: expected different whole numbers from 0 to 2**32 - 1, at least one."]
+    return []
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What `fit` was asked for, but for the seed."""
+
+    problem: Problem
+    method: Method
+    plan: Plan | None
+    record: int
+    norm_stats: NormStats
+    machine: Machine
+
+    def config(self, seed: int) -> dict[str, Any]:
+        """Everything that was chosen, as plain JSON data."""
+        config = {
+            "format": "reconmtl.config/1",
+            "problem": self.problem.name,
+            "data": self.problem.fingerprint(),
+            "method": self.method,
+            "seed": seed,
+            "record": self.record,
+            "norm_stats": self.norm_stats,
+            "recipe": self.problem.recipe.to_dict(),
+            "plan": None if self.plan is None else self.plan.to_dict(),
+            "machine": {"precision": self.machine.precision, "max_batches": self.machine.max_batches},
+        }
+        return cast("dict[str, Any]", json.loads(json.dumps(config)))  # as it will be read again
+
+
+def _fit_seed(job: _Job, seed: int, out: Path | None, resume: bool, overwrite: bool) -> Run:
+    problem, plan, config = job.problem, job.plan, job.config(seed)
     folder = None if out is None else new_folder(out / f"seed{seed}", resume=resume, overwrite=overwrite)
     if folder is not None:
-        if resume and (folder / "result.json").exists():
+        if (folder / "result.json").exists():  # with resume; an existing folder is refused otherwise
+            before = Run.load(folder).config
+            changed = [f"{n} = {before.get(n)!r}, now {v!r}" for n, v in config.items() if before.get(n) != v]
+            if changed:
+                raise RunError(f"{folder} holds a run with other settings: {'; '.join(changed)}. Choose another `out`.")
             return open_run(folder, problem)
         write_json(folder / "config.json", config)
         write_json(folder / "env.json", environment())
@@ -303,16 +329,16 @@ def _fit_seed(
     metrics = None if folder is None else folder / "metrics.jsonl"
     if metrics is not None:
         metrics.unlink(missing_ok=True)
-    label = describe(method, plan)
+    label = describe(job.method, plan)
     started = time.perf_counter()
-    if method == "single":
+    if job.method == "single":
         parts = {
             name: _train(
-                _for_one(problem, name),
+                for_one(problem, name),
                 plan=None,
                 seed=seed,
                 record=0,
-                machine=machine,
+                machine=job.machine,
                 description=f"{label} {name} seed {seed}",
                 metrics=metrics,
             )
@@ -327,17 +353,19 @@ def _fit_seed(
             problem,
             plan=plan,
             seed=seed,
-            record=record,
-            machine=machine,
+            record=job.record,
+            machine=job.machine,
             description=f"{label} seed {seed}",
-            norm_stats=norm_stats,
+            norm_stats=job.norm_stats,
             metrics=metrics,
         )
         model, log, parameters, values = trained.model, trained.log, trained.parameters, trained.metrics
         network = type(model).__name__
     seconds = time.perf_counter() - started
+    model.zero_grad(set_to_none=True)
+    model = model.cpu().eval()  # several seeds' networks would fill an accelerator
     run = Run(
-        method=method,
+        method=job.method,
         label=label,
         seed=seed,
         metrics=values,
@@ -360,19 +388,13 @@ def _fit_seed(
     return run
 
 
-def _for_one(problem: Problem, name: str) -> Problem:
-    single = problem.single
-    model = problem.model if single is None else (lambda: single(name))
-    return problem.restrict([name]).replace(model=model)
-
-
 def open_run(path: str | Path, problem: Problem) -> Run:
     """Read a finished run whose `model()` can be rebuilt, because its problem is known."""
 
     def build(run: Run) -> nn.Module:
         assert run.path is not None
         if run.method == "single":
-            model: nn.Module = SingleTasks({n: _for_one(problem, n).model() for n in problem.task_names})
+            model: nn.Module = SingleTasks({n: for_one(problem, n).model() for n in problem.task_names})
         else:
             model = problem.model()
             if run.plan is not None:
@@ -382,6 +404,6 @@ def open_run(path: str | Path, problem: Problem) -> Run:
         wrong = [n for n in [*missing, *unexpected] if not n.endswith("_extra_state")]
         if wrong:
             raise RunError(f"{run.path} was trained with another network: {wrong[0]!r} is in one of them only.")
-        return model
+        return model.eval()
 
     return replace(Run.load(path), build=build)

@@ -3,7 +3,8 @@ import torch
 from torch import nn
 
 import reconmtl as rm
-from reconmtl.errors import ProbeError
+from reconmtl.checking import covering
+from reconmtl.errors import ProbeError, ProblemError
 from reconmtl.problems import planted
 
 
@@ -33,3 +34,48 @@ def test_check_probe_fails_on_a_wrong_engine(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr("reconmtl.passes.torch.Tensor.addmm_", lambda g, a, b: g.add_((a + a.flip(0)) @ b))
     with pytest.raises(ProbeError, match=r"layer 'blocks\.\d'"):
         rm.check_probe(planted.make())
+
+
+class ByTask:
+    """Every sample has a target for one task only, and the tasks come one after the other."""
+
+    def __init__(self, *tasks: str) -> None:
+        self.tasks = tasks
+
+    def __len__(self) -> int:
+        return 20 * len(self.tasks)
+
+    def __getitem__(self, i: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        return torch.randn(2), {self.tasks[i // 20]: torch.zeros(1)}
+
+
+class Pair(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk = nn.Linear(2, 2)
+        self.heads = nn.ModuleDict({"a": nn.Linear(2, 1), "b": nn.Linear(2, 1)})
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        z = self.trunk(x)
+        return {t: h(z) for t, h in self.heads.items()}
+
+
+def _by_task(*tasks: str) -> rm.Problem:
+    return rm.Problem(
+        model=Pair,
+        tasks=[rm.Task(t, loss=nn.functional.mse_loss) for t in ("a", "b")],
+        train=ByTask(*tasks),
+        test=ByTask("a", "b"),
+        recipe=rm.Recipe(epochs=1, batch_size=4, lr=0.1),
+    )
+
+
+def test_a_data_set_sorted_by_task_is_looked_through_until_every_task_was_seen() -> None:
+    problem = _by_task("a", "b")
+    assert {i // 20 for i in covering(problem).tolist()} == {0, 1}
+    assert rm.check_probe(problem) < 1e-5
+
+
+def test_a_task_without_any_target_is_named() -> None:
+    with pytest.raises(ProblemError, match=r"target for \['b'\]"):
+        covering(_by_task("a"))

@@ -1,5 +1,7 @@
 """Both engines, in one piece and in as many stages as can be, against one plain backward pass per task."""
 
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -396,3 +398,41 @@ def test_delta_takes_no_weight_gradient_of_a_convolution() -> None:
         gradients.sweep(losses)
     backward = [s for s in seen if "convolution_backward" in s]
     assert backward == ["aten::convolution_backward[True, False, False]"] * 3  # the second layer's, per task
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "pass",
+        "torch.set_float32_matmul_precision('medium')",
+        "torch.backends.cuda.matmul.fp32_precision = 'tf32'",
+        "torch.backends.fp32_precision = 'tf32'",
+        "torch.backends.cuda.matmul.allow_tf32 = True",
+    ],
+)
+def test_full_precision_is_full_and_leaves_no_trace_whatever_the_user_has_set(setting: str) -> None:
+    code = f"""
+import torch
+from reconmtl.engines import full_precision, rounds_to_tf32
+
+def state():
+    out = []
+    for read in (
+        lambda: torch.backends.cuda.matmul.allow_tf32,
+        lambda: torch.backends.cuda.matmul.fp32_precision,
+        torch.get_float32_matmul_precision,
+    ):
+        try:
+            out.append(read())
+        except RuntimeError as error:
+            out.append(str(error))
+    return out
+
+{setting}
+before = state()
+with full_precision(torch.device("cuda")):
+    assert torch.backends.cuda.matmul.fp32_precision == "ieee"
+assert state() == before
+rounds_to_tf32()
+"""
+    subprocess.run([sys.executable, "-W", "error", "-c", code], check=True, timeout=60)

@@ -13,7 +13,8 @@ from reconmtl.errors import OptimizerError, ProblemError, ReconError, RunError, 
 from reconmtl.evaluation import Machine
 from reconmtl.problems import planted
 from reconmtl.randomness import seeded
-from reconmtl.train import SingleTasks, open_run
+from reconmtl.single import SingleTasks
+from reconmtl.train import open_run
 
 
 class Net(nn.Module):
@@ -36,6 +37,7 @@ class Points:
         self.x = torch.randn(n, 4, generator=draw)
         self.y = {"a": self.x.sum(1), "b": self.x[:, 0] - self.x[:, 1]}
         self.seen: list[int] = []
+        self.fingerprint = f"points-{n}-{seed}"
 
     def __len__(self) -> int:
         return len(self.x)
@@ -165,6 +167,8 @@ def test_probe_is_the_first_part_of_the_schedule() -> None:
     for wrong in (0, 5):
         with pytest.raises(ProblemError, match="expected 1 to 4"):
             rm.probe(problem, epochs=wrong)
+    with pytest.raises(ProblemError, match="every = 0"):
+        rm.probe(problem, epochs=1, every=0)
 
 
 def test_the_planted_layers_rank_first_and_splitting_them_helps() -> None:
@@ -275,8 +279,15 @@ def test_max_batches_is_a_smoke_test() -> None:
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"method": "jiont"}, UnknownNameError, "Nearest: 'joint'"),
-        ({"balancer": "joints"}, UnknownNameError, "Nearest: 'joint'"),
+        ({"method": "jiont"}, ProblemError, "Nearest: 'joint'"),
+        ({"balancer": "joints"}, ProblemError, "Nearest: 'joint'"),
+        ({"norm_stats": "pertask"}, ProblemError, "Nearest: 'per-task'"),
+        ({"plan": "plan.json"}, ProblemError, r"rm\.Plan\.load"),
+        ({"plan": rm.Plan(tasks=["a", "c"], layers=["second"])}, ProblemError, r"the problem has \['a', 'b'\]"),
+        ({"plan": rm.Plan(tasks=["a", "b"], layers=[])}, ProblemError, "splits no layer"),
+        ({"seeds": (-1,)}, ProblemError, "whole numbers"),
+        ({"seeds": ("a",)}, ProblemError, "whole numbers"),
+        ({"seeds": 0}, ProblemError, "list of whole numbers"),
         ({"method": "single", "record": True}, ProblemError, "shares nothing"),
         ({"seeds": (1, 1)}, ProblemError, "different whole numbers"),
         ({"seeds": ()}, ProblemError, "at least one"),
@@ -290,6 +301,46 @@ def test_wrong_arguments_are_named_before_training(
 ) -> None:
     with pytest.raises(error, match=message):
         rm.fit(_problem(), **options)
+
+
+def test_all_wrong_arguments_are_named_at_once() -> None:
+    with pytest.raises(ProblemError) as error:
+        rm.fit(_problem(), method="jiont", balancer="cagrat", seeds=())  # type: ignore[arg-type]
+    for piece in ("'jiont'", "'cagrat'", "seeds = []"):
+        assert piece in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "changed", [{"lr": 0.5}, {"record": True}, {"plan": rm.Plan(tasks=["a", "b"], layers=["second"])}]
+)
+def test_resume_never_hands_out_another_methods_run(changed: dict[str, Any], tmp_path: Path) -> None:
+    problem = _problem()
+    rm.fit(problem, out=tmp_path, epochs=1, milestones=())
+    with pytest.raises(RunError, match="holds a run with other settings"):
+        rm.fit(problem, out=tmp_path, resume=True, epochs=1, milestones=(), **changed)
+    with pytest.raises(RunError, match="data = "):
+        rm.fit(problem.replace(train=Points(48, 1)), out=tmp_path, resume=True, epochs=1, milestones=())
+
+
+@pytest.mark.parametrize("precision", ["64-true", "16-mixed", "bf16-true", "half"])
+def test_precisions_that_would_be_ignored_or_wrong_are_refused(precision: str) -> None:
+    with pytest.raises(ProblemError, match="expected one of"):
+        Machine(precision=precision)
+
+
+def test_bfloat16_training_runs_and_is_recorded() -> None:
+    run = rm.fit(_problem(), record=True, machine=Machine(precision="bf16-mixed"), epochs=1, milestones=())[0]
+    exact = rm.fit(_problem(), record=True, epochs=1, milestones=())[0]
+    assert run.log is not None
+    assert exact.log is not None
+    assert run.metrics != exact.metrics
+    assert (run.log.cosines() - exact.log.cosines()).abs().max() < 0.2
+
+
+def test_the_trained_network_comes_ready_to_predict() -> None:
+    model = rm.fit(_problem(), epochs=1, milestones=())[0].model()
+    assert not any(m.training for m in model.modules())
+    assert all(p.grad is None for p in model.parameters())
 
 
 def test_parameter_groups_must_hold_every_parameter_of_the_split_model() -> None:
