@@ -16,6 +16,7 @@ from torch.utils.data import IterableDataset
 from reconmtl.batches import Data, Targets, check_outputs, fetch, move, select
 from reconmtl.batches import call as call
 from reconmtl.errors import PlanError, ProblemError, UnknownNameError, nearest
+from reconmtl.fingerprints import mark_of
 from reconmtl.plan import check_tasks
 
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
@@ -254,12 +255,12 @@ class Problem:
     def fingerprint(self) -> str:
         """A short name of the data and its split: runs with different ones cannot be compared.
 
-        Made of the problem's name, the lengths of the sets, and their attribute `fingerprint` where that is a string.
+        Made of the problem's name, and of training and test set the length and the attribute `fingerprint` if that is a
+        string, else the first, middle and last item.
         """
         parts = [self.name]
         for data in (self.train, self.test):
-            mark = getattr(data, "fingerprint", None)
-            parts += [mark if isinstance(mark, str) else "", str(len(data))]
+            parts += [mark_of(data), str(len(data))]
         return hashlib.sha256("/".join(parts).encode()).hexdigest()[:12]
 
     def batch(self, data: Data, indices: Tensor, device: torch.device) -> tuple[Any, Targets]:
