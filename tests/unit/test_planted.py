@@ -67,8 +67,12 @@ def test_a_batch_is_its_items_stacked() -> None:
         assert torch.equal(inputs[row], x) and all(torch.equal(targets[t][row], y[t]) for t in planted.TASKS)
 
 
-def test_the_metric_is_the_loss_times_the_number_of_layers() -> None:
+def test_the_metric_is_the_mean_squared_error_and_the_loss_its_sum_over_the_layers() -> None:
     output, target = torch.randn(7, planted.LAYERS), torch.randn(7, planted.LAYERS)
     per_sample = planted.squared_error(output, target)
     assert per_sample.shape == (7,)
-    torch.testing.assert_close(per_sample.mean(), nn.functional.mse_loss(output, target) * planted.LAYERS)
+    torch.testing.assert_close(per_sample.mean(), nn.functional.mse_loss(output, target))
+    (metric,) = planted.make().tasks[0].metrics
+    assert (metric.name, metric.fn) == ("mse", planted.squared_error)
+    loss = planted.make().tasks[0].loss(output, target)
+    torch.testing.assert_close(loss, ((output - target) ** 2).sum(1).mean())

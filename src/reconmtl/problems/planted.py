@@ -90,13 +90,13 @@ class PlantedData(torch.utils.data.Dataset[tuple[Tensor, dict[str, Tensor]]]):
 
 
 def squared_error(output: Tensor, target: Tensor) -> Tensor:
-    """Squared error per sample, summed over the layers' numbers, [N]."""
-    return ((output - target) ** 2).sum(1)
+    """Squared error per sample, the mean over the layers' numbers, [N]."""
+    return ((output - target) ** 2).mean(1)
 
 
-def mean_squared_error(output: Tensor, target: Tensor) -> Tensor:
-    """Mean squared error, scalar."""
-    return squared_error(output, target).mean()
+def summed_error(output: Tensor, target: Tensor) -> Tensor:
+    """The loss: squared errors summed over the layers' numbers, so that each learns at its own pace, scalar."""
+    return LAYERS * squared_error(output, target).mean()
 
 
 def make() -> Problem:
@@ -105,7 +105,7 @@ def make() -> Problem:
     metrics = [Metric("mse", squared_error, best="min")]
     return Problem(
         model=Blocks,
-        tasks=[Task(t, loss=mean_squared_error, metrics=metrics) for t in TASKS],
+        tasks=[Task(t, loss=summed_error, metrics=metrics) for t in TASKS],
         train=PlantedData(512, seed=1),
         test=PlantedData(256, seed=2),
         recipe=Recipe(epochs=preset.epochs, batch_size=preset.batch_size, lr=preset.lr, milestones=(8, 12)),
