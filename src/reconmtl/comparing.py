@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -60,12 +61,35 @@ class Spread:
     @classmethod
     def of(cls, values: Sequence[float]) -> Spread:
         """Summarise at least one value."""
-        return cls(fmean(values), stdev(values) if len(values) > 1 else math.nan, len(values))
+        defined = len(values) > 1 and all(map(math.isfinite, values))  # stdev cannot do the others
+        return cls(fmean(values), stdev(values) if defined else math.nan, len(values))
 
-    def show(self, digits: int = 2, *, sign: bool = False) -> str:
-        """E.g. '84.85 ± 0.31'; without the deviation for a single value."""
-        text = f"{self.mean:{'+' if sign else ''}.{digits}f}"
-        return text if self.n < 2 else f"{text} ± {self.sd:.{digits}f}"
+    def show(self, digits: int | None = None, *, sign: bool = False) -> str:
+        """E.g. '84.85 ± 0.31', see `readable`; without the deviation for a single value."""
+        if self.n < 2 or not math.isfinite(self.mean):
+            return readable(self.mean, digits=digits, sign=sign)
+        size = max(abs(self.mean), self.sd)
+        mean = readable(self.mean, digits=digits, size=size, sign=sign)
+        return f"{mean} ± {readable(self.sd, digits=digits, size=size)}"
+
+
+def readable(value: float, *, digits: int | None = None, size: float | None = None, sign: bool = False) -> str:
+    """A number for a table; 'n/a' for NaN.
+
+    Args:
+        value: The number.
+        digits: Decimals; None takes as many as show four significant digits, at least two.
+        size: The number whose significant digits are meant, if it is another one.
+        sign: Whether positive numbers have a sign too.
+    """
+    if math.isnan(value):
+        return "n/a"
+    size = abs(value) if size is None else size
+    if digits is None and 0 < size < 1e-4:
+        return f"{value:{'+' if sign else ''}.3e}"
+    if digits is None:
+        digits = max(2, 3 - math.floor(math.log10(size))) if 0 < size < math.inf else 2
+    return f"{value:{'+' if sign else ''}.{digits}f}"
 
 
 @dataclass(frozen=True)
@@ -104,8 +128,8 @@ class Comparison:
             [
                 row.label,
                 *(s.show() for s in row.metrics.values()),
-                "" if row.delta_m is None else row.delta_m.show(sign=True),
-                f"{row.megabytes:.2f}",
+                "" if row.delta_m is None else row.delta_m.show(2, sign=True),
+                readable(row.megabytes),
                 "" if row.conflict_share is None else row.conflict_share.show(1),
                 f"{row.seconds:.0f}",
                 str(len(row.seeds)),
@@ -172,8 +196,8 @@ def compare(runs: Sequence[Run], *, baseline: str | None = None, threshold: floa
         A row per label, in the order of first appearance; delta-m is NaN where a value of the baseline is 0.
 
     Raises:
-        RunError: If there is no run, data or metrics differ between runs, one label has several recipes or runs of the
-            same seed, or the baseline does not exist.
+        RunError: If there is no run, data or metrics differ between runs, one label has runs of the same seed or that
+            were trained differently (recipe, precision, size of the plan ...), or the baseline does not exist.
     """
     if not runs:
         raise RunError("There is no run to compare.")
@@ -191,8 +215,12 @@ def compare(runs: Sequence[Run], *, baseline: str | None = None, threshold: floa
         doubled = sorted({seed for seed in seeds if seeds.count(seed) > 1})
         if doubled:
             faults.append(f"{label!r} has several runs with the seeds {doubled}; they would count twice")
-        if any(r.config.get("recipe") != group[0].config.get("recipe") for r in group):
-            faults.append(f"runs with different recipes are labelled {label!r}; give them labels of their own")
+        different = _different(group)
+        if different:
+            faults.append(
+                f"{label!r} has runs that were trained differently, with {different}; give each kind a label of its "
+                'own, dataclasses.replace(run, label="...")'
+            )
     if faults:
         raise RunError("These runs cannot be compared: " + "; ".join(faults) + ".")
     if baseline is None:
@@ -229,6 +257,34 @@ def _judged(run: Run) -> tuple[object, ...]:
     """What has to agree before numbers may stand side by side: data, metrics, and how much data was looked at."""
     machine = run.config.get("machine")
     return run.fingerprint, run.directions, machine.get("max_batches") if isinstance(machine, dict) else None
+
+
+def _trained(run: Run) -> dict[str, object]:
+    """What has to agree before numbers may be averaged as those of one method."""
+    recipe, machine = run.config.get("recipe"), run.config.get("machine")
+    values = {"method": run.method, "network": run.network, **(recipe if isinstance(recipe, dict) else {})}
+    values["precision"] = machine.get("precision") if isinstance(machine, dict) else None
+    if run.plan is not None:
+        chosen = run.plan.chosen
+        values |= {"plan": chosen.get("by"), "K": len(run.plan), "severity": chosen.get("severity")}
+        values["norm_stats"] = run.config.get("norm_stats")
+        if chosen.get("by") not in ("conflict", "random_layers", "random_parameters"):  # these differ between seeds
+            values["layers"] = run.plan.layers
+    return {n: json.dumps(v, default=str) for n, v in values.items()}  # a loaded run has lists for tuples
+
+
+def _different(group: Sequence[Run]) -> str:
+    """What differs between runs that were trained differently, e.g. 'K = 25 (seeds 0, 1), 10 (seed 2)'; else ''."""
+    trained = [(run.seed, _trained(run)) for run in group]
+    told = []
+    for name in dict.fromkeys(n for _, values in trained for n in values):
+        seeds: dict[object, list[int]] = {}
+        for seed, values in trained:
+            seeds.setdefault(values.get(name, "null"), []).append(seed)
+        if len(seeds) > 1:
+            each = (f"{v} (seed{'s' * (len(of) > 1)} {', '.join(map(str, of))})" for v, of in seeds.items())
+            told.append(f"{name} = {', '.join(each)}")
+    return "; ".join(told)
 
 
 def _seen(run: Run) -> str:

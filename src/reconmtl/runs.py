@@ -40,7 +40,8 @@ class Run:
 
     Attributes:
         method: "single", "joint" ...
-        label: The row it belongs to in a table, e.g. "joint w/ Recon".
+        label: The row it belongs to in a table, e.g. "joint w/ Recon". Change it with
+            `dataclasses.replace(run, label="...")`.
         seed: Of initialisation and batches.
         metrics: Task -> metric -> value on the test set, last model.
         directions: Task -> metric -> "max" or "min".
@@ -247,13 +248,14 @@ def describe(method: str, plan: Plan | None) -> str:
     if plan is None:
         return name
     by, k = plan.chosen.get("by"), len(plan)
+    layers = "layer" if k == 1 else "layers"
     kinds = {
         "conflict": "Recon",
-        "random_layers": f"{k} random layers",
-        "random_parameters": f"{k} random layers (by size)",
-        "first": f"first {k} layers",
-        "last": f"last {k} layers",
-        "smallest": f"{k} smallest layers",
-        "norms": f"all {k} norm layers",
+        "random_layers": f"{k} random {layers}",
+        "random_parameters": f"{k} random {layers} (by size)",
+        "first": f"first {k} {layers}",
+        "last": f"last {k} {layers}",
+        "smallest": f"{k} smallest {layers}",
+        "norms": f"all {k} norm {layers}",
     }
-    return f"{name} w/ {kinds.get(str(by), f'{k} layers split')}"
+    return f"{name} w/ {kinds.get(str(by), f'{k} {layers} split')}"

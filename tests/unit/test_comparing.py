@@ -2,6 +2,8 @@
 
 import json
 import math
+from collections.abc import Callable
+from dataclasses import replace
 from statistics import mean, stdev
 from typing import Any, Literal
 
@@ -13,6 +15,7 @@ from hypothesis import strategies as st
 from reconmtl.comparing import Spread, compare, delta_m, grid
 from reconmtl.conflicts import ConflictLog
 from reconmtl.errors import RunError
+from reconmtl.plan import Plan
 from reconmtl.runs import Run, Values
 
 BEST: dict[str, dict[str, Literal["max", "min"]]] = {"digit": {"acc": "max"}, "depth": {"abs": "min", "rel": "min"}}
@@ -149,7 +152,7 @@ def test_a_baseline_of_zero_or_no_metrics_leave_the_table_whole() -> None:
     zero = {"digit": {"acc": 0.0}, "depth": {"abs": 1.0, "rel": 1.0}}
     comparison = compare([run("single", metrics=zero), run()])
     assert all(r.delta_m is not None and math.isnan(r.delta_m.mean) for r in comparison.rows)
-    assert "nan" in str(comparison)
+    assert "nan" not in str(comparison) and str(comparison).count(" n/a |") == 2
     assert json.loads(json.dumps(comparison.to_dict(), allow_nan=False))["rows"][1]["delta_m"]["mean"] is None
     empty: dict[str, Any] = {"metrics": {"digit": {}}, "directions": {"digit": {}}}
     assert compare([run("single", **empty), run(**empty)]).rows[1].delta_m is None
@@ -178,11 +181,60 @@ def test_runs_that_would_be_counted_wrongly_are_all_named() -> None:
     with pytest.raises(RunError) as caught:
         compare(runs)
     assert "'joint' has several runs with the seeds [1]; they would count twice" in str(caught.value)
-    assert "runs with different recipes are labelled 'recon'" in str(caught.value)
+    assert "'recon' has runs that were trained differently, with lr = 0.1 (seed 0), 0.2 (seed 1)" in str(caught.value)
     with pytest.raises(RunError, match="There is no run to compare"):
         compare([])
     with pytest.raises(RunError, match=r"no run labelled 'singel'\. Nearest: 'single'"):
         compare([run("single")], baseline="singel")
+
+
+def planned(seed: int, **chosen: Any) -> Run:
+    """A run of a plan whose layers depend on the seed; `k` of them."""
+    layers = [f"layer{seed + i}" for i in range(chosen["k"])]
+    plan = Plan(tasks=["digit", "depth"], layers=layers, chosen={"by": "conflict", "severity": -0.1, **chosen})
+    machine = {"max_batches": None, "precision": "32-true"}
+    return run("recon", seed, plan=plan, config={"recipe": {"lr": 0.1}, "norm_stats": "per-task", "machine": machine})
+
+
+@pytest.mark.parametrize(
+    ("other", "told"),
+    [
+        (lambda: planned(2, k=3), "K = 2 (seeds 0, 1), 3 (seed 2)"),
+        (lambda: planned(2, k=2, severity=-0.2), "severity = -0.1 (seeds 0, 1), -0.2 (seed 2)"),
+        (lambda: planned(2, k=2, by="smallest"), 'plan = "conflict" (seeds 0, 1), "smallest" (seed 2)'),
+        (lambda: replace(planned(2, k=2), plan=None), "K = 2 (seeds 0, 1), null (seed 2)"),
+        (
+            lambda: replace(planned(2, k=2), config=planned(2, k=2).config | {"norm_stats": "shared"}),
+            'norm_stats = "per-task" (seeds 0, 1), "shared" (seed 2)',
+        ),
+        (
+            lambda: replace(planned(2, k=2), config=planned(2, k=2).config | {"machine": {"precision": "bf16-mixed"}}),
+            'precision = "32-true" (seeds 0, 1), "bf16-mixed" (seed 2)',
+        ),
+    ],
+)
+def test_different_plans_and_trainings_are_not_averaged_and_the_way_out_works(
+    other: Callable[[], Run], told: str
+) -> None:
+    runs = [planned(0, k=2), planned(1, k=2)]
+    assert len(compare(runs).rows) == 1  # probes of several seeds may choose different layers
+    with pytest.raises(RunError) as caught:
+        compare([*runs, other()])
+    assert told in str(caught.value)
+    assert 'a label of its own, dataclasses.replace(run, label="...")' in str(caught.value)
+    relabelled = compare([*runs, replace(other(), label="mine")])
+    assert [(r.label, r.seeds) for r in relabelled.rows] == [("recon", (0, 1)), ("mine", (2,))]
+
+
+def test_random_plans_may_differ_between_seeds_and_plans_by_hand_may_not() -> None:
+    assert len(compare([planned(s, k=2, by="random_layers") for s in (0, 1)]).rows) == 1
+    with pytest.raises(RunError, match=r'layers = .*"layer0".* \(seed 0\), .*"layer2".* \(seed 1\)'):
+        compare([planned(s, k=2, by=None) for s in (0, 1)])
+
+
+def test_a_run_from_disk_may_be_another_seed_of_one_in_memory() -> None:
+    here, there = ({"recipe": {"milestones": of}} for of in ((4, 6), [4, 6]))
+    assert compare([run(config=here), run(seed=1, config=there)]).rows[0].seeds == (0, 1)
 
 
 # Printing. ------------------------------------------------------------------------------------------------------------
@@ -194,11 +246,35 @@ def test_the_table_reads_as_the_paper_prints_it() -> None:
 
     runs = [one("single", s, seconds=12.3) for s in (0, 1)] + [one("joint", 0, log=log_of([-0.5, 0.5]))]
     assert str(compare(runs)).split("\n") == [
-        "| method | depth abs ↓ |      Δm (%) ↑ | #P (MB) | cos < -0.01 (%) ↓ | time (s) | n |",
-        "|--------|------------:|--------------:|--------:|------------------:|---------:|--:|",
-        "| single | 1.00 ± 0.71 | +0.00 ± 70.71 |    4.00 |                   |       12 | 2 |",
-        "| joint  |        0.50 |        +50.00 |    4.00 |              50.0 |       10 | 1 |",
+        "| method |   depth abs ↓ |      Δm (%) ↑ | #P (MB) | cos < -0.01 (%) ↓ | time (s) | n |",
+        "|--------|--------------:|--------------:|--------:|------------------:|---------:|--:|",
+        "| single | 1.000 ± 0.707 | +0.00 ± 70.71 |   4.000 |                   |       12 | 2 |",
+        "| joint  |        0.5000 |        +50.00 |   4.000 |              50.0 |       10 | 1 |",
     ]
+
+
+@pytest.mark.parametrize(
+    ("values", "text"),
+    [
+        ([97.42], "97.42"),
+        ([42.8145], "42.81"),
+        ([5.0], "5.000"),
+        ([1234.567], "1234.57"),
+        ([0.00123], "0.001230"),
+        ([0.004], "0.004000"),
+        ([-0.0421], "-0.04210"),
+        ([0.00000123], "1.230e-06"),
+        ([0.0], "0.00"),
+        ([80.0, 81.0], "80.50 ± 0.71"),
+        ([0.00120, 0.00126], "0.001230 ± 0.000042"),
+        ([-0.001, 0.001], "0.000000 ± 0.001414"),
+        ([math.nan], "n/a"),
+        ([math.nan, 1.0], "n/a"),
+        ([math.inf, 1.0], "inf"),
+    ],
+)
+def test_numbers_of_any_size_can_be_read(values: list[float], text: str) -> None:
+    assert Spread.of(values).show() == text
 
 
 @given(st.lists(st.lists(st.text("ab|± Δ", max_size=6), min_size=3, max_size=3), max_size=4))

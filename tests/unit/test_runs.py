@@ -228,7 +228,12 @@ LABELS: list[tuple[Callable[[], Plan | None], str, str]] = [
         "joint",
         "joint w/ 2 smallest layers",
     ),
-    (lambda: Plan(tasks=["a", "b"], layers=["x"]), "joint", "joint w/ 1 layers split"),
+    (lambda: Plan(tasks=["a", "b"], layers=["x"]), "joint", "joint w/ 1 layer split"),
+    (
+        lambda: Plan(tasks=["a", "b"], layers=["x"], chosen={"by": "random_layers"}),
+        "joint",
+        "joint w/ 1 random layer",
+    ),
 ]
 
 
