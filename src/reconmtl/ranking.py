@@ -19,8 +19,11 @@ class Ranking:
         layers: Names, most conflicts first; ties in network order.
         scores: Conflicts of each, in the same order.
         severity: The S that was counted with.
-        possible: The highest score there could have been: measured steps times task pairs.
+        possible: The highest score there could have been at any layer: measured steps times task pairs.
+        measured: The highest there could have been at each layer, in the same order: pairs in which both tasks reached
+            the layer with a gradient that is not zero.
         error: The largest error of a score: zero, unless a log of counts was asked between multiples of 0.001.
+        noise: Layers whose gradients are rounding noise, see `ConflictLog.noise`.
     """
 
     def __init__(
@@ -31,6 +34,10 @@ class Ranking:
         self.scores = tuple(scores[n] for n in ordered)
         self.severity = severity
         self.possible = possible
+        measured = dict(zip(of.layers, _measured(of), strict=True))
+        self.measured = tuple(measured[n] for n in ordered)
+        noisy = of.noise().tolist() if of.layers else []
+        self.noise = frozenset(n for n, noise in zip(of.layers, noisy, strict=True) if noise)
         self.error = error
         self.tasks = of.tasks
         self.network_layers = of.layers
@@ -94,3 +101,10 @@ class Ranking:
             )
         position = {n: i for i, n in enumerate(other.layers)}
         return sum(abs(i - position[n]) for i, n in enumerate(self.layers)) / len(self.layers)
+
+
+def _measured(log: ConflictLog) -> list[int]:
+    """Cosines that there are at each layer of a log, in network order."""
+    counts = log.counts
+    found = counts.layers.long().sum((0, 2)) if counts is not None else (~log.cosines().isnan()).sum((0, 2))
+    return [int(n) for n in found]

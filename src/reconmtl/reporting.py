@@ -2,27 +2,34 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 
-from reconmtl.comparing import Comparison, Row, grid
+from reconmtl.comparing import Comparison, Row, grid, readable
 from reconmtl.conflicts import TABLE_EDGES, Ranking, distribution
 from reconmtl.plan import Plan
 
 
 def layers_table(ranking: Ranking, plan: Plan) -> str:
-    """List the chosen layers, most conflicts first: name, rank, type, parameters, conflicts, and how often that is."""
+    """List the chosen layers, most conflicts first.
+
+    Columns: name (with a mark if its gradients are rounding noise), rank, type, parameters, conflicts, and their share
+    of the gradient pairs that were measured at this layer.
+    """
     rows = [
         [
-            name,
+            f"{name} (rounding noise)" if name in ranking.noise else name,
             f"{i}",
             ranking.types[name],
             f"{ranking.sizes[name]:,}",
             f"{score}",
-            f"{100 * score / ranking.possible:.1f}",
+            readable(100 * score / measured if measured else math.nan, digits=1),
         ]
-        for i, (name, score) in enumerate(zip(ranking.layers, ranking.scores, strict=True), start=1)
+        for i, (name, score, measured) in enumerate(
+            zip(ranking.layers, ranking.scores, ranking.measured, strict=True), start=1
+        )
         if name in plan.layers
     ]
     return grid(["layer", "rank", "type", "parameters", "conflicts", "% of pairs"], rows)
@@ -50,7 +57,10 @@ def conflicts_table(
         shares[row.label] = 100 * distribution(whole, edges=edges)
     ends = ["1", *(f"{e:g}" for e in edges), "-1"]
     body = [
-        [f"{'[' if i == 0 else '('}{ends[i]}, {ends[i + 1]}]", *(f"{s[i]:.2f}" for s in shares.values())]
+        [
+            f"{'[' if i == 0 else '('}{ends[i]}, {ends[i + 1]}]",
+            *(readable(float(s[i]), digits=2) for s in shares.values()),
+        ]
         for i in range(len(edges) + 1)
     ]
     base = shares.get(reference)
@@ -60,7 +70,7 @@ def conflicts_table(
             [
                 f"reduction below {edges[1]:g} (%)",
                 *(
-                    "-" if n == reference or not tail else f"{100 * (tail - float(s[2:].sum())) / tail:.1f}"
+                    "-" if n == reference or not tail else readable(100 * (1 - float(s[2:].sum()) / tail), digits=1)
                     for n, s in shares.items()
                 ),
             ]
@@ -83,8 +93,8 @@ def summary(comparison: Comparison, ranking: Ranking, plan: Plan, facts: Sequenc
         steps = {r.label: [run.log.steps for run in r.runs if run.log is not None] for r in comparison.rows}
         counted = ", ".join(f"{label} {max(n)}" for label, n in steps.items() if n)
         parts.append(f"{conflicts}\n\nMeasured steps per seed: {counted}.")
-    parts.append(
-        f"Layers chosen by the probe (S = {ranking.severity:g}, {ranking.possible} measured gradient pairs per layer):"
-    )
+    least, most = min(ranking.measured), max(ranking.measured)
+    pairs = f"{most}" if least == most else f"{least} to {most}"
+    parts.append(f"Layers chosen by the probe (S = {ranking.severity:g}, {pairs} measured gradient pairs per layer):")
     parts.append(layers_table(ranking, plan))
     return "\n\n".join(parts)

@@ -34,6 +34,31 @@ def test_ranking_orders_by_conflicts_and_keeps_network_order_in_ties() -> None:
     assert plan.chosen["scores"] == {"l1": 2, "l2": 2}
 
 
+def _three_tasks() -> torch.Tensor:
+    """Grams [4 steps, 3 layers, 6]: task c never reaches l0; l1 has a zero gradient once; l2 is rounding noise."""
+    unit = torch.tensor([1.0, -0.5, -0.5, 1.0, -0.5, 1.0])
+    grams = unit.repeat(4, 3, 1)
+    grams[:, 0, [2, 4, 5]] = torch.nan
+    grams[3, 1] = 0
+    grams[:, 2] *= 1e-16
+    return grams
+
+
+@pytest.mark.parametrize("counted", [False, True])
+def test_a_ranking_knows_how_many_pairs_were_measured_at_each_layer_and_what_is_noise(counted: bool) -> None:
+    log = _log(_three_tasks(), tasks=("a", "b", "c"))
+    ranking = (log.counted() if counted else log).rank(severity=-0.1)
+    assert ranking.possible == 12
+    assert dict(zip(ranking.layers, ranking.measured, strict=True)) == {"l0": 4, "l1": 9, "l2": 12}
+    assert ranking.measured == ranking.scores == (12, 9, 4)  # every pair that there was is a conflict
+    assert ranking.noise == {"l2"}
+
+
+def test_a_ranking_of_nothing_is_empty() -> None:
+    ranking = _log(torch.empty(3, 0, 3)).rank(severity=0)
+    assert (ranking.layers, ranking.measured, ranking.noise) == ((), (), frozenset())
+
+
 @pytest.mark.parametrize("k", [0, 5, -1, 2.0])
 def test_top_refuses_more_layers_than_there_are(k: int) -> None:
     ranking = _log(_two_task_grams([[0.5, -0.5, -0.5, 0.5]])).rank(severity=0)

@@ -114,3 +114,23 @@ def test_chosen_layers_are_listed_with_their_rank_and_how_often_they_conflict() 
     assert parts[2] == conflicts_table(comparison.rows) and parts[3] == "Measured steps per seed: joint 10."
     assert parts[4] == "Layers chosen by the probe (S = -0.1, 4 measured gradient pairs per layer):"
     assert parts[5] == layers_table(ranking, plan) and len(parts) == 6
+
+
+def test_shares_are_of_the_pairs_that_were_measured_and_noise_is_marked() -> None:
+    cosines = torch.tensor([[-0.5, -0.5, torch.nan], [-0.5, 0.5, torch.nan], [torch.nan, 0.5, torch.nan]])
+    log = log_of(cosines)
+    log.grams[:, 1] *= 1e-14
+    ranking = log.rank(severity=-0.1)
+    plan = Plan(tasks=["a", "b"], layers=["layer0", "layer1", "layer2"])
+    assert layers_table(ranking, plan).split("\n")[2:] == [
+        "| layer0                  |    1 | Linear |      1,000 |         2 |      100.0 |",
+        "| layer1 (rounding noise) |    2 | Linear |     10,000 |         1 |       33.3 |",
+        "| layer2                  |    3 | Linear |    100,000 |         0 |        n/a |",
+    ]
+    text = summary(compare([run("joint", None)]), ranking, plan, ["n = 1"])
+    assert "(S = -0.1, 0 to 3 measured gradient pairs per layer):" in text
+
+
+def test_a_training_without_a_measured_pair_has_no_distribution() -> None:
+    table = conflicts_table(compare([run("joint", (0, 0, 0, 0, 0)), run("x", (1, 1, 1, 1, 1))]).rows)
+    assert table is not None and "nan" not in table and table.count(" n/a |") == 6
