@@ -7,7 +7,7 @@ import importlib.util
 import inspect
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -160,10 +160,10 @@ def _fill(
         norm_stats=settings.norm_stats,
         precision=settings.precision,
         max_batches=None,
-        note=preset.note if preset else "",
+        note="",
     )
     if not settings.fast_dev_run:
-        return decided
+        return replace(decided, note=_note(decided, preset)) if preset else decided
     return replace(
         decided,
         epochs=1,
@@ -174,6 +174,29 @@ def _fill(
         max_batches=2,
         note="A smoke test on two small batches: the numbers mean nothing.",
     )
+
+
+def _note(decided: Decided, preset: Preset) -> str:
+    """The preset's note, as long as it is true."""
+
+    def spoken_of(values: Decided | Preset) -> dict[str, object]:
+        names = ("epochs", "batch_size", "lr", "probe_epochs", "severity", "k")
+        return {**values.options, **{n: getattr(values, n) for n in names}, "number of seeds": len(values.seeds)}
+
+    before = spoken_of(preset)
+    changed = [
+        f"{n} = {v}" + (f" instead of {before[n]}" if n in before else "")
+        for n, v in spoken_of(decided).items()
+        if n not in before or before[n] != v
+    ]
+    return f"The preset {decided.preset} with other settings: {', '.join(changed)}." if changed else preset.note
+
+
+def default_folder(decided: Decided) -> Path:
+    """Where the results go unless a folder is given: the problem and its preset, of one's own file and function."""
+    source, _, function = decided.problem.rpartition(":")
+    source = Path(source).stem if source.endswith(".py") else source
+    return Path("runs") / "-".join(part for part in (source, function, decided.preset) if part)
 
 
 def _first(given: T | None, otherwise: T) -> T:
@@ -220,9 +243,17 @@ def _faults(settings: Settings) -> list[str]:
             faults.append(f"{name} = {value}: expected at least 1.")
     if settings.record is not None and settings.record < 0:
         faults.append(f"record = {settings.record}: expected 0 (nothing) or m (one of m steps).")
-    if settings.seeds is not None and (len(set(settings.seeds)) != len(settings.seeds) or not settings.seeds):
-        faults.append(f"seeds = {list(settings.seeds)}: expected different whole numbers, at least one.")
-    return faults + _message(Machine(accelerator=settings.accelerator, precision=settings.precision).fabric)
+    if settings.seeds is not None and not _are_seeds(settings.seeds):
+        faults.append(
+            f"seeds = {list(settings.seeds)}: expected different whole numbers from 0 to 2**32 - 1, at least one."
+        )
+    return faults + _message(lambda: Machine(accelerator=settings.accelerator, precision=settings.precision).fabric())
+
+
+def _are_seeds(seeds: Sequence[object]) -> bool:
+    """Whether every generator takes them; NumPy's takes 32 bits."""
+    whole = all(isinstance(s, int) and not isinstance(s, bool) and 0 <= s < 2**32 for s in seeds)
+    return whole and len(set(seeds)) == len(seeds) > 0
 
 
 def _more_faults(decided: Decided, problem: Problem) -> list[str]:

@@ -18,7 +18,7 @@ class Settings:
     preset: str | None = None
     """Scale of a ready problem, e.g. demo or paper; the first one is the default."""
     out: Path | None = None
-    """Folder of the results; by default runs/PROBLEM-PRESET."""
+    """Folder of the results; by default runs/PROBLEM-PRESET, of your own problem runs/FILE-FUNCTION."""
     methods: tuple[str, ...] = ("single", "joint", "recon", "random", "smallest")
     """Rows of the table: single, joint, recon, and the controls random, smallest, norms, first, last."""
     tasks: tuple[str, ...] | None = None
@@ -50,7 +50,7 @@ class Settings:
     accelerator: str = "auto"
     """auto, cpu, cuda ..."""
     precision: str = "32-true"
-    """32-true, bf16-mixed ..."""
+    """32-true or bf16-mixed."""
     resume: bool = False
     """Continue in an existing folder: what is finished is kept."""
     overwrite: bool = False
@@ -78,7 +78,7 @@ class Preset:
         k: The paper's K.
         seeds: Seeds of every method.
         record: One of so many steps is recorded; 0 records none.
-        note: Printed under the table.
+        note: Printed under the table when none of these values was changed.
     """
 
     options: dict[str, object] = field(default_factory=dict)

@@ -35,6 +35,14 @@ def test_the_paper_preset_is_appendix_b1() -> None:
     assert multifashion.PRESETS["demo"].options["data"] == "mini"
 
 
+def test_the_demonstration_says_how_much_smaller_it_is() -> None:
+    demo = multifashion.PRESETS["demo"]
+    assert (demo.epochs, demo.probe_epochs, demo.seeds, demo.record) == (8, 2, (0, 1), 2)
+    full, small = (sum(p.numel() for p in multifashion.make(width=w).model().parameters()) for w in (64, 8))
+    assert "about 1/60 of the parameters" in demo.note and round(full / small, -1) == 60
+    assert "a tenth of the data" in demo.note and len(load_mini()[0]) * 10 == 120_000
+
+
 def test_accuracy_is_in_percent_per_sample() -> None:
     logits = torch.tensor([[0.0, 2.0, 1.0], [3.0, 0.0, 1.0], [0.0, 0.0, 1.0]])
     assert multifashion.accuracy(logits, torch.tensor([1, 2, 2])).tolist() == [100, 0, 100]
