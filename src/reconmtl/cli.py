@@ -12,15 +12,19 @@ import tyro
 
 from reconmtl.errors import ReconError, UnknownNameError, nearest
 from reconmtl.problems import READY
-from reconmtl.settings import Settings
+from reconmtl.settings import Preset, Settings
+from reconmtl.version import __version__
 
+ABOUT = """Find the layers of a multi-task network that the tasks fight over, and give just those one copy per task.
+
+Start with `reconmtl run multifashion`; `reconmtl run --help` lists what can be chosen. --version prints the version."""
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
 
 
 @dataclass(frozen=True)
 class Ls:
-    """List the ready problems and their presets."""
+    """List the ready problems and their presets, the first of which is the default."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +58,10 @@ def main(arguments: list[str] | None = None) -> int:
         signal.SIGTERM, signal.default_int_handler
     )  # a cluster's or a service's way of asking to stop
     try:
-        command = tyro.cli(Command, args=arguments, prog="reconmtl", description=__doc__.split(":")[0])
+        if (sys.argv[1:] if arguments is None else arguments) == ["--version"]:
+            print(f"reconmtl {__version__}")
+            return 0
+        command = tyro.cli(Command, args=arguments, prog="reconmtl", description=ABOUT)
         return _dispatch(command)
     except ReconError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -71,9 +78,27 @@ def _dispatch(command: Settings | Data | Ls) -> int:
         return _run(command)
     if isinstance(command, Data):
         return _data(command)
+    return _ls()
+
+
+def _ls() -> int:
+    from reconmtl.choices import find_problem
+
     for name, about in READY.items():
         print(f"{name:14}{about}")
+        presets = find_problem(name)[1]
+        for preset, values in presets.items():
+            print(f"{'':14}--preset {preset}: {_scale(values)}")
     return 0
+
+
+def _scale(preset: Preset) -> str:
+    options = [f"{n} {v}" for n, v in preset.options.items()]
+    seeds = f"{len(preset.seeds)} seed{'s' * (len(preset.seeds) > 1)}"
+    length = f"{preset.epochs} epochs ({preset.probe_epochs} probed)"
+    return ", ".join(
+        [*options, length, f"batch {preset.batch_size}", f"K = {preset.k}", f"S = {preset.severity:g}", seeds]
+    )
 
 
 def _run(settings: Settings) -> int:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from reconmtl.cli import main
+from reconmtl.version import __version__
 
 
 def _run(*arguments: str, cwd: Path, cache: Path | None = None) -> subprocess.CompletedProcess[str]:
@@ -60,6 +61,7 @@ def test_paper_scale_smoke_test_runs_without_the_full_data(tmp_path: Path) -> No
         (["run", "multifashion", "--preset", "papr"], ["Unknown preset 'papr'", "Nearest: 'paper'"]),
         (["run", "multifashion", "--tasks", "digit", "fashon"], ["Unknown task 'fashon'", "Nearest: 'fashion'"]),
         (["run", "planted", "--k", "7"], ["K = 7", "from 1 to 6"]),
+        (["run", "planted", "--seeds", "-1"], ["seeds = [-1]", "from 0 to 2**32 - 1"]),
         (["run", "planted", "--severity", "0.1"], ["S = 0.1", "(-1, 0]"]),
         (["run", "planted", "--severity", "-1"], ["S = -1", "(-1, 0]"]),
         (["run", "multifashion", "--preset", "paper"], ["reconmtl data multifashion --from DIR", "--download"]),
@@ -200,4 +202,15 @@ def test_ls_lists_the_ready_problems(tmp_path: Path) -> None:
     done = _run("ls", cwd=tmp_path)
     assert done.returncode == 0
     assert "multifashion" in done.stdout
+    assert "--preset demo: width 8, data mini, 8 epochs (2 probed)" in done.stdout
+    assert "--preset paper: width 64, data full, 120 epochs (30 probed), batch 256, K = 25" in done.stdout
     assert "planted" in done.stdout
+
+
+def test_help_says_what_the_program_is_and_the_version_can_be_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as done:
+        main(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert done.value.code == 0 and "Find the layers of a multi-task network that the tasks fight over" in text
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"reconmtl {__version__}\n"
