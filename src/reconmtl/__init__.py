@@ -20,17 +20,19 @@ if TYPE_CHECKING:
     from reconmtl.comparing import compare, delta_m
     from reconmtl.conflicts import ConflictLog
     from reconmtl.errors import ReconError
+    from reconmtl.evaluation import Machine
     from reconmtl.plan import Plan
     from reconmtl.probing import Probe
     from reconmtl.problem import Metric, Problem, Recipe, Task
     from reconmtl.ranking import Ranking
     from reconmtl.runs import Run
     from reconmtl.splitting import check_optimizer, cost, split, split_optimizer, verify, view
-    from reconmtl.train import fit, probe
+    from reconmtl.train import fit, open_run, probe
 
 # Names are imported on first use, so that `reconmtl --help` needs no torch.
 _HOME = {
     "ConflictLog": "conflicts",
+    "Machine": "evaluation",
     "Metric": "problem",
     "Plan": "plan",
     "Probe": "probing",
@@ -47,6 +49,7 @@ _HOME = {
     "delta_m": "comparing",
     "fit": "train",
     "layer_table": "checking",
+    "open_run": "train",
     "probe": "train",
     "split": "splitting",
     "split_optimizer": "splitting",
@@ -56,6 +59,7 @@ _HOME = {
 
 __all__ = [
     "ConflictLog",
+    "Machine",
     "Metric",
     "Plan",
     "Probe",
@@ -73,6 +77,7 @@ __all__ = [
     "delta_m",
     "fit",
     "layer_table",
+    "open_run",
     "probe",
     "split",
     "split_optimizer",

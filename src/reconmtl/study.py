@@ -252,22 +252,25 @@ def facts(decided: Decided, problem: Problem, runs: Sequence[Run]) -> list[str]:
 
 
 def _write_config(folder: Path, decided: Decided) -> None:
+    """Write what was decided; a folder that is continued must hold the same, but for further methods and seeds."""
     content = {"format": FORMAT, **asdict(decided)}
     path = folder / "config.json"
-    if path.exists():
+    if not path.exists():
+        write_json(folder / "env.json", environment())
+    else:
         before = read_json(path, RunError)
+        if not isinstance(before, dict):
+            raise RunError(f"{path}: expected an object, found {type(before).__name__}.")
         plain = {f.name: _plain(getattr(decided, f.name)) for f in fields(decided)}
-        changed = [n for n, v in plain.items() if not isinstance(before, dict) or before.get(n) != v]
+        probed = before.get("seeds") or [None]
+        changed = [n for n, v in plain.items() if n not in ("methods", "seeds", "note") and before.get(n) != v]
+        changed += ["seeds"] if decided.seeds[0] != probed[0] else []  # the probe was made with the first
         if changed:
-            told = ", ".join(
-                f"{n} = {before.get(n) if isinstance(before, dict) else None!r}, now {plain[n]!r}" for n in changed
-            )
+            told = ", ".join(f"{n} = {before.get(n)!r}, now {plain[n]!r}" for n in changed)
             raise RunError(
                 f"{folder} holds a study with other settings ({told}). Repeat them, or use --overwrite or --out."
             )
-        return
     write_json(path, content)
-    write_json(folder / "env.json", environment())
 
 
 def _plain(value: object) -> object:

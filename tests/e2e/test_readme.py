@@ -37,7 +37,7 @@ def test_every_block_is_of_a_kind_that_is_run_here() -> None:
 
 
 def test_your_own_model(capsys: pytest.CaptureFixture[str]) -> None:
-    (code,) = _blocks("python")
+    code = _blocks("python")[0]
     lines = [line for line in code.splitlines() if line.strip()]
     assert len(lines) <= 15
     train, test = load_mini()
@@ -51,6 +51,23 @@ def test_your_own_model(capsys: pytest.CaptureFixture[str]) -> None:
     printed = capsys.readouterr().out
     assert "| joint w/ Recon" in printed
     assert "digit acc ↑" in printed
+
+
+def test_splitting_a_hugging_face_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, code = _blocks("python")
+    assert len([line for line in code.splitlines() if line.strip()]) <= 12
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, "README.md", "exec"), {})
+    said = re.search(r"print\(.*# (.*)", code)
+    assert said is not None
+    assert capsys.readouterr().out.strip() == said[1]
+    assert (tmp_path / "vit-depth" / "config.json").exists()
+
+
+def test_no_placeholder_is_left() -> None:
+    assert not re.search(r"^[A-Z_]{6,}$", README, flags=re.MULTILINE)
 
 
 def test_your_own_loop_is_a_diff_of_a_few_lines() -> None:

@@ -77,6 +77,18 @@ def test_resume_keeps_what_is_finished_and_does_the_rest(tmp_path: Path) -> None
     assert "5 epochs" in overwritten.text
 
 
+def test_a_study_can_be_extended_by_methods_and_seeds(tmp_path: Path) -> None:
+    settings = _settings(tmp_path / "study", methods=("joint",), seeds=(1,), epochs=2)
+    run_study(settings)
+    result = tmp_path / "study" / "joint" / "seed1" / "result.json"
+    stamp = result.stat().st_mtime_ns
+    more = run_study(replace(settings, methods=("joint", "recon"), seeds=(1, 0), resume=True))
+    assert result.stat().st_mtime_ns == stamp
+    assert [(row.label, row.seeds) for row in more.comparison.rows] == [("joint", (1, 0)), ("joint w/ Recon", (1, 0))]
+    with pytest.raises(RunError, match=r"seeds = \[1, 0\], now \[0\]"):
+        run_study(replace(settings, seeds=(0,), resume=True))
+
+
 def test_bad_values_are_reported_together_before_anything_is_written(tmp_path: Path) -> None:
     out = tmp_path / "study"
     with pytest.raises(ReconError) as error:
