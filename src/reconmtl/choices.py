@@ -7,7 +7,7 @@ import importlib.util
 import inspect
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -18,6 +18,7 @@ from reconmtl.evaluation import Machine
 from reconmtl.problem import Problem
 from reconmtl.problems import READY
 from reconmtl.settings import METHODS, Preset, Settings
+from reconmtl.train import check_seeds
 
 T = TypeVar("T")
 
@@ -243,17 +244,9 @@ def _faults(settings: Settings) -> list[str]:
             faults.append(f"{name} = {value}: expected at least 1.")
     if settings.record is not None and settings.record < 0:
         faults.append(f"record = {settings.record}: expected 0 (nothing) or m (one of m steps).")
-    if settings.seeds is not None and not _are_seeds(settings.seeds):
-        faults.append(
-            f"seeds = {list(settings.seeds)}: expected different whole numbers from 0 to 2**32 - 1, at least one."
-        )
+    if settings.seeds is not None:
+        faults += check_seeds(settings.seeds)
     return faults + _message(lambda: Machine(accelerator=settings.accelerator, precision=settings.precision).fabric())
-
-
-def _are_seeds(seeds: Sequence[object]) -> bool:
-    """Whether every generator takes them; NumPy's takes 32 bits."""
-    whole = all(isinstance(s, int) and not isinstance(s, bool) and 0 <= s < 2**32 for s in seeds)
-    return whole and len(set(seeds)) == len(seeds) > 0
 
 
 def _more_faults(decided: Decided, problem: Problem) -> list[str]:
