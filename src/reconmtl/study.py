@@ -17,7 +17,7 @@ import torch
 
 from reconmtl import progress
 from reconmtl.checking import covering
-from reconmtl.choices import Decided, decide, load_problem
+from reconmtl.choices import Decided, decide, default_folder, load_problem
 from reconmtl.comparing import Comparison, compare
 from reconmtl.conflicts import ConflictLog, Ranking
 from reconmtl.errors import ProblemError, RunError
@@ -165,7 +165,7 @@ def run_study(settings: Settings) -> Study:
     decided = decide(settings)
     _rehearse(decided)
     folder = new_folder(
-        settings.out or Path("runs") / f"{Path(settings.problem.partition(':')[0]).stem}-{decided.preset or 'own'}",
+        settings.out or default_folder(decided),
         resume=settings.resume,
         overwrite=settings.overwrite,
     )
