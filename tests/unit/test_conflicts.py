@@ -8,25 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import oracles
+from logs import make_log, two_task_grams
 from reconmtl.conflicts import ConflictLog, conflict_scores, cosines_from_grams, distribution, share_below
 from reconmtl.errors import RunError, SeverityError
-
-
-def _log(grams: torch.Tensor, tasks: tuple[str, ...] = ("a", "b")) -> ConflictLog:
-    names = [f"l{i}" for i in range(grams.shape[1])]
-    return ConflictLog(
-        grams,
-        tasks=tasks,
-        layers=names,
-        sizes={n: 10 * (i + 1) for i, n in enumerate(names)},
-        types=dict.fromkeys(names, "Linear"),
-    )
-
-
-def _two_task_grams(cosines: list[list[float]]) -> torch.Tensor:
-    """Grams [steps, layers, 3] of unit gradients with the given cosines."""
-    cos = torch.tensor(cosines)
-    return torch.stack([torch.ones_like(cos), cos, torch.ones_like(cos)], dim=-1)
 
 
 @settings(max_examples=50, deadline=None)
@@ -53,7 +37,7 @@ def test_tiny_and_huge_gradients_have_cosines_too() -> None:
 
 def test_a_zero_or_absent_gradient_gives_nan_and_no_conflict() -> None:
     grams = torch.tensor([[[0.0, 0.0, 1.0], [1.0, -1.0, 1.0], [1.0, math.nan, math.nan]]])
-    log = _log(grams)
+    log = make_log(grams)
     assert log.cosines().isnan().flatten().tolist() == [True, False, True]
     assert log.scores(severity=0.0).tolist() == [0, 1, 0]
 
@@ -69,8 +53,8 @@ def test_scores_equal_a_hand_written_count(seed: int, severity: float) -> None:
 
 
 def test_a_threshold_that_is_hit_exactly_is_not_counted() -> None:
-    grams = _two_task_grams([[-0.1, -0.1000001, -0.09], [-0.1, 0.3, -0.2]])
-    assert _log(grams).scores(severity=-0.1).tolist() == [0, 1, 1]
+    grams = two_task_grams([[-0.1, -0.1000001, -0.09], [-0.1, 0.3, -0.2]])
+    assert make_log(grams).scores(severity=-0.1).tolist() == [0, 1, 1]
 
 
 @pytest.mark.parametrize("severity", [0.1, -1.0, -2.0, math.nan, "x", True])
@@ -83,7 +67,7 @@ def test_whole_vector_cosines_are_those_of_the_concatenation() -> None:
     torch.manual_seed(0)
     gradients = [torch.randn(5, 2, size, dtype=torch.float64) for size in (3, 8, 1)]
     rows, columns = torch.triu_indices(2, 2)
-    log = _log(torch.stack([(g @ g.transpose(1, 2))[:, rows, columns] for g in gradients], dim=1))
+    log = make_log(torch.stack([(g @ g.transpose(1, 2))[:, rows, columns] for g in gradients], dim=1))
     joined = torch.cat(gradients, dim=2)
     expected = torch.cosine_similarity(joined[:, 0], joined[:, 1], dim=1)
     torch.testing.assert_close(log.whole()[:, 0], expected, rtol=1e-10, atol=0)
@@ -91,7 +75,7 @@ def test_whole_vector_cosines_are_those_of_the_concatenation() -> None:
 
 def test_whole_vector_leaves_out_layers_that_a_pair_does_not_share() -> None:
     grams = torch.tensor([[[1.0, -1.0, 1.0], [4.0, math.nan, math.nan]], [[math.nan] * 3, [math.nan] * 3]])
-    whole = _log(grams).whole()
+    whole = make_log(grams).whole()
     assert whole[0, 0] == pytest.approx(-1 / math.sqrt(5))
     assert whole[1, 0].isnan()
 
@@ -108,23 +92,23 @@ def test_noise_marks_layers_without_signal() -> None:
     grams = torch.ones(4, 3, 3)
     grams[:, 1] *= 1e-13
     grams[:, 2] *= 1e-11
-    assert _log(grams).noise().tolist() == [False, True, False]
+    assert make_log(grams).noise().tolist() == [False, True, False]
 
 
 def test_merge_and_window_are_concatenation_and_slice() -> None:
-    first, second = _log(_two_task_grams([[0.1], [0.2]])), _log(_two_task_grams([[-0.3]]))
+    first, second = make_log(two_task_grams([[0.1], [0.2]])), make_log(two_task_grams([[-0.3]]))
     merged = first.merge([second])
     assert merged.steps == 3
     torch.testing.assert_close(merged.window(2, 3).cosines(), second.cosines())
     with pytest.raises(RunError, match="same tasks and layers"):
-        first.merge([_log(_two_task_grams([[0.1, 0.2]]))])
+        first.merge([make_log(two_task_grams([[0.1, 0.2]]))])
 
 
 def test_a_log_loads_as_it_was_saved(tmp_path: Path) -> None:
     torch.manual_seed(0)
     grams = torch.randn(7, 4, 6)
     grams[2, 1] = math.nan
-    log = _log(grams, tasks=("a", "b", "c"))
+    log = make_log(grams, tasks=("a", "b", "c"))
     log.save(tmp_path / "log")
     again = ConflictLog.load(tmp_path / "log")
     assert torch.equal(again.grams.nan_to_num(9.0), log.grams.nan_to_num(9.0))
@@ -151,7 +135,7 @@ def test_a_log_loads_as_it_was_saved(tmp_path: Path) -> None:
 )
 def test_damage_to_a_log_is_named(tmp_path: Path, damage: "object", message: str) -> None:
     assert callable(damage)
-    _log(_two_task_grams([[0.1, 0.2]])).save(tmp_path)
+    make_log(two_task_grams([[0.1, 0.2]])).save(tmp_path)
     content = json.loads((tmp_path / "log.json").read_text())
     damage(content)
     (tmp_path / "log.json").write_text(json.dumps(content))
@@ -160,7 +144,7 @@ def test_damage_to_a_log_is_named(tmp_path: Path, damage: "object", message: str
 
 
 def test_truncated_grams_are_named(tmp_path: Path) -> None:
-    _log(_two_task_grams([[0.1, 0.2]])).save(tmp_path)
+    make_log(two_task_grams([[0.1, 0.2]])).save(tmp_path)
     file = tmp_path / "grams.safetensors"
     file.write_bytes(file.read_bytes()[:-3])
     with pytest.raises(RunError, match=r"grams\.safetensors cannot be read"):

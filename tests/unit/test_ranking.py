@@ -1,29 +1,12 @@
 import pytest
 import torch
 
-from reconmtl.conflicts import ConflictLog
+from logs import make_log, two_task_grams
 from reconmtl.errors import PlanError
 
 
-def _log(grams: torch.Tensor, tasks: tuple[str, ...] = ("a", "b")) -> ConflictLog:
-    names = [f"l{i}" for i in range(grams.shape[1])]
-    return ConflictLog(
-        grams,
-        tasks=tasks,
-        layers=names,
-        sizes={n: 10 * (i + 1) for i, n in enumerate(names)},
-        types=dict.fromkeys(names, "Linear"),
-    )
-
-
-def _two_task_grams(cosines: list[list[float]]) -> torch.Tensor:
-    """Grams [steps, layers, 3] of unit gradients with the given cosines."""
-    cos = torch.tensor(cosines)
-    return torch.stack([torch.ones_like(cos), cos, torch.ones_like(cos)], dim=-1)
-
-
 def test_ranking_orders_by_conflicts_and_keeps_network_order_in_ties() -> None:
-    log = _log(_two_task_grams([[0.5, -0.5, -0.5, 0.5], [0.5, -0.5, -0.5, -0.5]]))
+    log = make_log(two_task_grams([[0.5, -0.5, -0.5, 0.5], [0.5, -0.5, -0.5, -0.5]]))
     ranking = log.rank(severity=-0.1)
     assert ranking.layers == ("l1", "l2", "l3", "l0")
     assert ranking.scores == (2, 2, 1, 0)
@@ -46,7 +29,7 @@ def _three_tasks() -> torch.Tensor:
 
 @pytest.mark.parametrize("counted", [False, True])
 def test_a_ranking_knows_how_many_pairs_were_measured_at_each_layer_and_what_is_noise(counted: bool) -> None:
-    log = _log(_three_tasks(), tasks=("a", "b", "c"))
+    log = make_log(_three_tasks(), tasks=("a", "b", "c"))
     ranking = (log.counted() if counted else log).rank(severity=-0.1)
     assert ranking.possible == 12
     assert dict(zip(ranking.layers, ranking.measured, strict=True)) == {"l0": 4, "l1": 9, "l2": 12}
@@ -55,19 +38,19 @@ def test_a_ranking_knows_how_many_pairs_were_measured_at_each_layer_and_what_is_
 
 
 def test_a_ranking_of_nothing_is_empty() -> None:
-    ranking = _log(torch.empty(3, 0, 3)).rank(severity=0)
+    ranking = make_log(torch.empty(3, 0, 3)).rank(severity=0)
     assert (ranking.layers, ranking.measured, ranking.noise) == ((), (), frozenset())
 
 
 @pytest.mark.parametrize("k", [0, 5, -1, 2.0])
 def test_top_refuses_more_layers_than_there_are(k: int) -> None:
-    ranking = _log(_two_task_grams([[0.5, -0.5, -0.5, 0.5]])).rank(severity=0)
+    ranking = make_log(two_task_grams([[0.5, -0.5, -0.5, 0.5]])).rank(severity=0)
     with pytest.raises(PlanError, match="from 1 to 4"):
         ranking.top(k)
 
 
 def test_budget_keeps_every_layer_that_still_fits() -> None:
-    ranking = _log(_two_task_grams([[0.5, -0.5, -0.5, -0.5], [0.5, 0.1, -0.5, -0.5]])).rank(severity=0)
+    ranking = make_log(two_task_grams([[0.5, -0.5, -0.5, -0.5], [0.5, 0.1, -0.5, -0.5]])).rank(severity=0)
     assert ranking.layers == ("l2", "l3", "l1", "l0")  # of 30, 40, 20 and 10 parameters
     plan = ranking.budget(megabytes=60 * 4 / 2**20)
     assert list(plan.layers) == ["l2", "l1", "l0"]
@@ -76,8 +59,8 @@ def test_budget_keeps_every_layer_that_still_fits() -> None:
 
 
 def test_distance_is_the_mean_difference_of_positions() -> None:
-    up = _log(_two_task_grams([[-0.5, -0.5, 0.5, 0.5], [-0.5, 0.5, 0.5, 0.5]])).rank(severity=0)
-    down = _log(_two_task_grams([[0.5, 0.5, -0.5, -0.5], [0.5, 0.5, 0.5, -0.5]])).rank(severity=0)
+    up = make_log(two_task_grams([[-0.5, -0.5, 0.5, 0.5], [-0.5, 0.5, 0.5, 0.5]])).rank(severity=0)
+    down = make_log(two_task_grams([[0.5, 0.5, -0.5, -0.5], [0.5, 0.5, 0.5, -0.5]])).rank(severity=0)
     assert up.layers == ("l0", "l1", "l2", "l3")
     assert down.layers == ("l3", "l2", "l0", "l1")
     assert up.distance(up) == 0
