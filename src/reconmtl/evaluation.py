@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +21,11 @@ try:
     from lightning_fabric import Fabric
 except ModuleNotFoundError:  # the large `lightning` package carries the same Fabric under another name
     from lightning.fabric import Fabric  # type: ignore[no-redef]  # the same class
+
+
+@functools.cache  # it holds no state of a training, and announces the precision each time it is made
+def _fabric(accelerator: str, precision: Any) -> Fabric:  # noqa: ANN401 Fabric spells out every name
+    return Fabric(accelerator=accelerator, devices=1, precision=precision)
 
 
 PRECISIONS = ("32-true", "32", "bf16-mixed")
@@ -54,8 +60,7 @@ class Machine:
             ProblemError: If there is no such accelerator or precision, or this machine does not have it.
         """
         try:
-            precision: Any = self.precision
-            return Fabric(accelerator=self.accelerator, devices=1, precision=precision)
+            return _fabric(self.accelerator, self.precision)
         except (ValueError, RuntimeError, TypeError) as error:
             raise ProblemError(
                 f"accelerator = {self.accelerator!r}, precision = {self.precision!r} cannot be used: {error}"
