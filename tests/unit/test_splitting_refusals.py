@@ -97,6 +97,108 @@ def vmapped(_: Step, __: Tensor, y: Tensor) -> Tensor:
     return cast(Tensor, torch.vmap(lambda v: v * 2)(y))
 
 
+# Operators of C++ extensions: with an autograd formula, without one, and without a composite implementation -----------
+
+
+@torch.library.custom_op("reconmtl_tests::scaled", mutates_args=())
+def scaled(x: Tensor, w: Tensor) -> Tensor:
+    return x * w
+
+
+scaled.register_autograd(
+    lambda ctx, grad: (grad * ctx.saved_tensors[1], (grad * ctx.saved_tensors[0]).sum(0)),
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),  # noqa: ARG005
+)
+
+
+@torch.library.custom_op("reconmtl_tests::accumulate", mutates_args=("into",))
+def accumulate(x: Tensor, into: Tensor) -> None:
+    into.add_(x)
+
+
+LIBRARY = torch.library.Library("reconmtl_library", "DEF")
+LIBRARY.define("scaled(Tensor x, Tensor w) -> Tensor")
+LIBRARY.impl("scaled", lambda x, w: x * w, "CPU")
+LIBRARY.define("raised(Tensor(a!) x, Tensor y) -> Tensor(a!)")
+LIBRARY.impl("raised", lambda x, y: x.copy_(x + y), "CPU")
+
+
+def custom_op(step: Step, _: Tensor, y: Tensor) -> Tensor:
+    return cast(Tensor, scaled(y, step.w)) + 1
+
+
+def library_op(step: Step, s: Tensor, y: Tensor) -> Tensor:
+    return cast(Tensor, torch.ops.reconmtl_library.scaled(w=y.detach(), x=s.detach())) * y + step.w
+
+
+def custom_op_in_place(_: Step, s: Tensor, y: Tensor) -> Tensor:
+    into = y.detach().clone()
+    accumulate(s.detach(), into)
+    return into * y
+
+
+def library_op_in_place(_: Step, s: Tensor, y: Tensor) -> Tensor:
+    z = y.detach().clone()
+    return cast(Tensor, torch.ops.reconmtl_library.raised.default(z, s.detach())) * y + z
+
+
+@pytest.mark.parametrize("then", [custom_op, library_op, custom_op_in_place, library_op_in_place])
+def test_operators_are_called_once_per_task(then: Any) -> None:
+    _, model = after_split(then)
+    _, whole = after_split(then, atomic=["trunk"])
+    _, loop = after_split(then, mode="loop")
+    outs, params = [m(X) for m in (model, whole, loop)], [list(m.parameters()) for m in (model, whole, loop)]
+    for t in TASKS:
+        grads = [
+            torch.autograd.grad(out[t].square().sum(), mine, retain_graph=True, allow_unused=True)
+            for out, mine in zip(outs, params, strict=True)
+        ]
+        for i in (1, 2):
+            assert torch.equal(outs[0][t], outs[i][t])
+            for a, b in zip(grads[0], grads[i], strict=True):
+                assert (a is None) == (b is None)
+                assert a is None or torch.equal(a, b)
+    assert not torch.equal(outs[0]["a"] - outs[0]["b"], torch.zeros(()))
+
+
+def test_what_passes_by_python_is_refused_by_the_operator_name() -> None:
+    """As a C++ extension does, which calls the dispatcher by itself."""
+
+    def then(step: Step, _: Tensor, y: Tensor) -> Tensor:
+        with torch._C.DisableTorchFunctionSubclass():
+            return cast(Tensor, torch.ops.reconmtl_library.scaled(y, step.w))
+
+    _, model = after_split(then)
+    with pytest.raises(SplitError, match=r"^trunk \(Step\): reconmtl_library\.scaled\.default.*atomic=\["):
+        model(X)
+    _, whole = after_split(then, atomic=["trunk"])
+    _, loop = after_split(then, mode="loop")
+    assert all(torch.equal(whole(X)[t], loop(X)[t]) for t in TASKS)
+
+
+def custom_op_into_shared(_: Step, s: Tensor, y: Tensor) -> Tensor:
+    into = s.detach().clone()
+    accumulate(y.detach(), into)
+    return into * y
+
+
+def library_op_into_shared(_: Step, s: Tensor, y: Tensor) -> Tensor:
+    return cast(Tensor, torch.ops.reconmtl_library.raised(s.detach().clone(), y.detach())) * y
+
+
+def overload_into_shared(_: Step, s: Tensor, y: Tensor) -> Tensor:
+    return cast(Tensor, torch.ops.aten.add_.Tensor(s.detach().clone(), y.detach())) * y
+
+
+def kernel_into_shared(step: Step, _: Tensor, y: Tensor) -> Tensor:
+    norm = cast(Any, step.norm)
+    return torch.batch_norm(y, None, None, norm.running_mean, norm.running_var, True, 0.1, 1e-5, False)
+
+
+def renormed_embedding(step: Step, _: Tensor, y: Tensor) -> Tensor:
+    return nn.functional.embedding(y.argmax(1), step.b.weight.detach().clone(), max_norm=0.1) * y
+
+
 def norm_as_function(step: Step, _: Tensor, y: Tensor) -> Tensor:
     return nn.functional.batch_norm(y, step.norm.running_mean, step.norm.running_var, training=True)
 
@@ -113,6 +215,11 @@ CASES = [
     (reentrant, "use_reentrant=False"),
     (vmapped, "vmap"),
     (norm_as_function, "batch_norm"),
+    (custom_op_into_shared, "accumulate"),
+    (library_op_into_shared, "raised"),
+    (overload_into_shared, "add_"),
+    (kernel_into_shared, "batch_norm"),
+    (renormed_embedding, "embedding"),
 ]
 
 

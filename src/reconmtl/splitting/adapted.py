@@ -180,8 +180,8 @@ def read_extra_state(state: object) -> dict[str, Any]:
             raise ValueError
     except (ValueError, UnicodeDecodeError) as error:
         raise SplitError(
-            f"The state's {EXTRA!r} does not hold the plan of a split model, but {str(state)[:80]}. Was it averaged or "
-            "cast?"
+            f"The state's {EXTRA!r} does not hold the plan of a split model, but {str(state)[:80]}. Was it averaged "
+            "or cast?"
         ) from error
     return content
 
@@ -196,7 +196,7 @@ def check_plan(mine: dict[str, object], state: object) -> None:
             raise SplitError(
                 f"This state belongs to a model that was split otherwise; its plan's {key} are "
                 f"{str(theirs.get(key))[:300]}, this model's are {str(mine[key])[:300]}. Split with the plan that it "
-                "holds: `rm.split(model, saved_plan(state))`."
+                "holds: `rm.split(model, saved_plan(state))`, with `from reconmtl.splitting import saved_plan`."
             )
 
 

@@ -197,10 +197,10 @@ def check_untouched(found: Sequence[Branched]) -> None:
             if b.grad_fn is not None:
                 raise SplitError(
                     f"A value that differs between tasks has been through {b.grad_fn.name()}, a custom autograd "
-                    "Function "
-                    "(or re-entrant checkpointing, a full backward hook, FSDP around a block after the split), which "
-                    "cannot see the tasks; its gradient would be lost. Checkpoint with use_reentrant=False; shard only "
-                    f"what comes before the split, or the whole model. {WAYS_OUT}"
+                    "Function (or re-entrant checkpointing, a full backward hook, FSDP around a block after the "
+                    "split), which cannot see the tasks; its gradient would be lost. Checkpoint with "
+                    "use_reentrant=False; shard only what comes before the split, or the whole model. "
+                    f"{WAYS_OUT}"
                 )
 
 

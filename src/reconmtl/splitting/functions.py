@@ -1,10 +1,11 @@
 """What is known about PyTorch's functions by name: which write in place, which ask for metadata only."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload, OpOverloadPacket
 
 from reconmtl.splitting.structure import Value
 
@@ -25,9 +26,12 @@ _DUNDER = frozenset(
 
 
 def writes(func: Callable[..., Value]) -> bool:
-    """Whether a function changes its first argument, by PyTorch's naming rule."""
+    """Whether a function changes an argument: operators by their schema, others by PyTorch's naming rule."""
     known = _KIND.get(func)
     if known is None:
+        if isinstance(func, (OpOverload, OpOverloadPacket)):
+            known = _KIND[func] = bool(written(func))
+            return known
         name = str(getattr(func, "__name__", ""))
         known = name in _DUNDER or name in ("__setitem__", "__set__", "set_data")
         known = known or (
@@ -35,6 +39,28 @@ def writes(func: Callable[..., Value]) -> bool:
         )
         _KIND[func] = known
     return known
+
+
+def written(func: OpOverload | OpOverloadPacket) -> set[tuple[int, str]]:
+    """Which arguments an operator changes, by position (-1 for keywords only) and name."""
+    overloads = [func] if isinstance(func, OpOverload) else [getattr(func, name) for name in func.overloads()]
+    return {
+        (-1 if argument.kwarg_only else i, argument.name)
+        for overload in overloads
+        for i, argument in enumerate(overload._schema.arguments)
+        if argument.alias_info is not None and argument.alias_info.is_write
+    }
+
+
+def targets(func: Callable[..., Value], args: Sequence[Value], kwargs: dict[str, Value]) -> list[Value]:
+    """The arguments that a call of a function that `writes` changes."""
+    out = kwargs.get("out")
+    if out is not None:
+        return list(out) if isinstance(out, (list, tuple)) else [out]
+    if isinstance(func, (OpOverload, OpOverloadPacket)):
+        found = [args[i] if 0 <= i < len(args) else kwargs.get(name) for i, name in sorted(written(func))]
+        return [value for value in found if value is not None]
+    return [args[0] if args else next(iter(kwargs.values()))]
 
 
 def getters(*names: str) -> list[Callable[..., Value]]:

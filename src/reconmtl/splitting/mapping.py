@@ -11,7 +11,6 @@ from reconmtl.splitting.branched import (
     WAYS_OUT,
     Branched,
     check_untouched,
-    collect,
     combine,
     differs,
     gather,
@@ -19,9 +18,9 @@ from reconmtl.splitting.branched import (
     meet,
     spread,
 )
-from reconmtl.splitting.functions import METADATA, getters, name_of, writes
-from reconmtl.splitting.groups import Masks
-from reconmtl.splitting.structure import Value, children
+from reconmtl.splitting.functions import METADATA, getters, name_of, targets, writes
+from reconmtl.splitting.groups import Masks, refine
+from reconmtl.splitting.structure import Value
 
 _C = torch._C
 
@@ -46,8 +45,19 @@ def run(func: Callable[..., Value], args: Sequence[Value], kwargs: dict[str, Val
             masks = meet(found, name_of(func))
             break
     if writes(func) or (kwargs and (kwargs.get("inplace") or kwargs.get("out") is not None)):
-        return _write(func, args, kwargs, found, masks)
+        changed = targets(func, args, kwargs)
+        if changed:
+            return _write(func, args, kwargs, found, masks, changed)
+    try:
+        shared = [
+            (a, a._version) for a in (*args, *kwargs.values()) if isinstance(a, Tensor) and type(a) is not Branched
+        ]
+    except RuntimeError:  # inference tensors do not count writes
+        shared = []
     results = [func(*a, **k) for a, k in spread(args, kwargs, masks)]
+    for a, version in shared:
+        if a._version != version:  # a kernel that does not say so in its name or schema
+            raise _shared_write(name_of(func), first)
     r = results[0]
     if isinstance(r, Tensor):
         same = True
@@ -64,22 +74,17 @@ def run(func: Callable[..., Value], args: Sequence[Value], kwargs: dict[str, Val
 
 
 def _write(
-    func: Callable[..., Value], args: Sequence[Value], kwargs: dict[str, Value], found: Sequence[Branched], masks: Masks
+    func: Callable[..., Value],
+    args: Sequence[Value],
+    kwargs: dict[str, Value],
+    found: Sequence[Branched],
+    masks: Masks,
+    changed: Sequence[Value],
 ) -> Value:
-    out = kwargs.get("out")
-    target = out if out is not None else args[0] if args else next(iter(kwargs.values()))
     name = name_of(func)
-    if (
-        out is not None
-        and type(out) is not Branched
-        and any(type(t) is not Branched for t in (children(out) or (out,)))
-    ):
-        raise _shared_write(name, found[0])
-    if type(target) is not Branched and out is None:
-        raise _shared_write(name, found[0])
-    targets: list[Branched] = []
-    collect(target, targets)
-    for t in targets:
+    for t in changed:
+        if type(t) is not Branched:
+            raise _shared_write(name, found[0])
         if t.masks != masks:  # one branch of the target would have to take different values, or values are missing
             raise _shared_write(name, t)
         if len(masks) > 1:
@@ -90,12 +95,13 @@ def _write(
         if setter and len(masks) > 1 and isinstance(values[1], Tensor) and type(args[1]) is not Branched:
             values = (values[0], values[1].clone())  # or all copies would share the assigned memory
         results.append(func(*values, **keywords))
-    for t in targets:
+    for t in changed:
         with _C.DisableTorchFunctionSubclass():
             if not t.requires_grad and any(v.requires_grad for v in t.vals):
                 t.requires_grad_(True)
-    if type(target) is Branched and all(r is v for r, v in zip(results, target.vals, strict=True)):
-        return target
+    for t in changed:
+        if all(r is v for r, v in zip(results, t.vals, strict=True)):
+            return t
     return combine(results, masks, found[0].family, func)
 
 
@@ -154,13 +160,25 @@ def _hook(func: Callable[..., Value], args: Sequence[Value], kwargs: dict[str, V
     return _Handles([func(v, *args[1:], **kwargs) for v in args[0].vals])
 
 
+_STATISTICS = ("input", "running_mean", "running_var", "weight", "bias", "training")
+_STATISTICS_OF_KERNELS = ("input", "weight", "bias", "running_mean", "running_var", "training")
+_KERNELS: list[Callable[..., Value]] = [
+    kernel
+    for name in ("batch_norm", "native_batch_norm", "instance_norm")
+    for packet in [getattr(torch.ops.aten, name)]
+    for kernel in (getattr(torch, name), packet, packet.default)
+]
+"""Kernels that write running statistics, although neither name nor schema nor version counter says so."""
+
+
 def _statistics(func: Callable[..., Value], args: Sequence[Value], kwargs: dict[str, Value]) -> Value:
     """Batch normalisation called as a function: shared running statistics cannot be updated from here."""
-    names = ("input", "running_mean", "running_var", "weight", "bias", "training")
+    names = _STATISTICS if func in (F.batch_norm, F.instance_norm) else _STATISTICS_OF_KERNELS
     given = {**dict(zip(names, args, strict=False)), **kwargs}
-    updates = given.get("training") if func is F.batch_norm else given.get("use_input_stats", True)
     x, mean = given.get("input"), given.get("running_mean")
-    if updates and mean is not None and type(mean) is not Branched and type(x) is Branched:
+    updates = given.get("training", given.get("use_input_stats", "instance" in name_of(func)))
+    shared = type(mean) is not Branched or (type(x) is Branched and refine(x.masks, mean.masks) != mean.masks)
+    if updates and mean is not None and shared and type(x) is Branched:
         raise SplitError(
             f"{name_of(func)} updates running statistics that all tasks share with values that differ between tasks, "
             f"outside a normalisation layer's own call. {WAYS_OUT}"
@@ -177,7 +195,7 @@ _RULES: dict[Callable[..., Value], Callable[..., Value]] = {
     **dict.fromkeys(METADATA, _metadata),
     **dict.fromkeys(getters("requires_grad"), _needs_grad),
     **dict.fromkeys([Tensor.register_hook, Tensor.register_post_accumulate_grad_hook], _hook),
-    **dict.fromkeys([F.batch_norm, F.instance_norm], _statistics),
+    **dict.fromkeys([F.batch_norm, F.instance_norm, *_KERNELS], _statistics),
     torch.autograd.grad: _gradient,
 }
 

@@ -25,8 +25,8 @@ def is_keyed(out: Value, tasks: Sequence[str]) -> bool:
     if lacking and len(lacking) < len(tasks):
         raise SplitError(
             f"The forward returned outputs for {[t for t in tasks if t in names]}, but none for {lacking}; it returned "
-            f"{list(names)[:20]}. {nearest(lacking[0], [str(n) for n in names])} The plan's tasks must be the keys of "
-            "the output."
+            f"{list(names)[:20]}. {nearest(lacking[0], [str(n) for n in names])} The plan's tasks must be the keys "
+            "of the output."
         )
     return not lacking
 

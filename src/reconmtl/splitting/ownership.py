@@ -29,8 +29,8 @@ def plain_copy(model: nn.Module, mask: int, *, share_buffers: bool) -> nn.Module
     if sharded is not None:
         raise SplitError(
             f"{sharded or ROOT} is sharded (FSDP), so that the network of one task cannot be made, which a view, "
-            "`verify` and the first call need. Give `split(..., sample=batch)` what the model is called with, then "
-            "shard."
+            "`verify` and the first call need. Give `split(..., sample=batch)` what the model is called with, "
+            "then shard."
         )
     memo: dict[int, Value] = {id(p): p for p in model.parameters()}
     for _, _, tensor in plain_tensors(model):

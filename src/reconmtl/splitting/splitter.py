@@ -157,7 +157,7 @@ def _build(
             stats = "always" if has_running_statistics(module) else "watch"
         special = leaf and not _maps_op_by_op(module)
         named = (name or ROOT) in whole
-        if special or named or isinstance(module, FAST_PATHS) or stats == "always" or (named and stats != "never"):
+        if special or named or isinstance(module, FAST_PATHS) or stats != "never":
             adapt(module, family, name or ROOT, atomic=special or named, stats=stats)
     for name in whole:  # buffers anywhere below a module that runs whole
         for path, module in modules[name if name != ROOT else ""].named_modules(prefix=name if name != ROOT else ""):

@@ -8,6 +8,7 @@ work which autograd repeats later (checkpointing) cannot pick up another group's
 
 import copy
 import functools
+import sys
 import types
 import weakref
 from collections.abc import Iterable, Sequence
@@ -19,12 +20,13 @@ import torch
 from torch import Tensor, nn
 
 from reconmtl.errors import SplitError
-from reconmtl.layers import ROOT, TaskCopies
+from reconmtl.layers import TaskCopies
 from reconmtl.splitting.branched import Branched, make, pick
 from reconmtl.splitting.groups import Family, Masks, complete, locate, refine
 from reconmtl.splitting.structure import Value, children
 
 COPIES = "per_task"
+CONVERT = "Convert the model first (nn.SyncBatchNorm.convert_sync_batchnorm, quantisation), then split it."
 RECORD = "_reconmtl"
 MANAGED = frozenset(("_parameters", "_buffers", "_modules", "_flat_weights", "_flat_weight_refs"))
 
@@ -44,9 +46,7 @@ class Copies(TaskCopies):
         """
         if name in self._modules:
             raise SplitError(
-                "A conversion of modules has reached the copies of a split layer and would tear them from it. Convert "
-                "the "
-                "model first (nn.SyncBatchNorm.convert_sync_batchnorm, quantisation), then split it."
+                f"A conversion of modules reached the copies of a split layer and would tear them from it. {CONVERT}"
             )
         super().add_module(name, module)
 
@@ -141,6 +141,9 @@ def adapted_class(mixin: type, base: type, names: tuple[str, ...]) -> type:
 
 
 def _read_property(name: str, module: nn.Module) -> Value:
+    if sys._getframe(1).f_code.co_name == "convert_sync_batchnorm":  # would end in a TypeError that explains nothing
+        rec = cast(Record, record(module))
+        raise SplitError(f"A conversion of modules reached {rec.name}, which has one copy per task. {CONVERT}")
     return read(module, name)
 
 
@@ -362,8 +365,3 @@ def _tensors_in(value: Any, depth: int) -> Iterable[Tensor]:  # noqa: ANN401 any
     elif depth < 4 and not isinstance(value, nn.Module):
         for v in children(value) or ():
             yield from _tensors_in(v, depth + 1)
-
-
-def module_name(name: str) -> str:
-    """How a module is called in messages."""
-    return name or ROOT
