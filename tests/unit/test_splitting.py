@@ -228,14 +228,24 @@ def test_before_the_split_once_after_it_once_per_group_heads_once_each() -> None
 
 
 def test_blocks_called_once_per_task_run_once_per_task() -> None:
-    block, tasks = counter(), TASKS
+    check_attention(TASKS)
+
+
+@pytest.mark.timeout(120)
+def test_forty_tasks_call_shared_blocks_forty_times() -> None:
+    check_attention(tuple(f"t{i}" for i in range(40)))
+
+
+def check_attention(tasks: tuple[str, ...]) -> None:
+    """MTAN in small: attention per task on a shared stem, then through shared blocks."""
+    block, head = counter(), counter()
 
     class Attention(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.stem, self.shared, self.norm = nn.Linear(4, 4), block(), nn.BatchNorm1d(4)
             self.masks = nn.ModuleDict({t: nn.Linear(4, 4) for t in tasks})
-            self.heads = nn.ModuleDict({t: nn.Linear(4, 1) for t in tasks})
+            self.heads = nn.ModuleDict({t: nn.Sequential(head(), nn.Linear(4, 1)) for t in tasks})
 
         def forward(self, x: Tensor) -> dict[str, Tensor]:
             y = self.stem(x)
@@ -247,16 +257,41 @@ def test_blocks_called_once_per_task_run_once_per_task() -> None:
 
     torch.manual_seed(0)
     net, x = Attention(), torch.randn(5, 4)
-    expected = independent(net, x)
-    for layer in ("stem", "shared.linear", "norm"):
-        model = split(net, plan(layer), atomic=["shared"], sample=x)
-        block.calls = 0
+    expected = independent(net, x, tasks)
+    for layer, atomic in (("stem", ["shared"]), ("shared.linear", []), ("norm", ["shared"])):
+        model = split(net, plan(layer, tasks=tasks), atomic=atomic, sample=x if len(tasks) < 10 else None)
+        model.eval()(x)
+        model.train()
+        block.calls = head.calls = 0
         out = model(x)
-        assert block.calls == 3
+        assert (block.calls, head.calls) == (len(tasks), len(tasks))
         for t in tasks:
             assert torch.equal(out[t], expected[t])
         norm = cast(Any, model).norm
-        assert [int(norm.per_task[t].num_batches_tracked) for t in tasks] == [1, 1, 1]  # each its own statistics
+        assert [int(norm.per_task[t].num_batches_tracked) for t in tasks] == [1] * len(tasks)  # each its own statistics
+
+
+def test_a_module_that_is_not_atomic_is_called_once_for_all_branches() -> None:
+    after, tasks = counter(), tuple(f"t{i}" for i in range(40))
+    calls: list[int] = []
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.split, self.after, self.heads = nn.Linear(4, 4), after(), nn.ModuleDict()
+            self.after.linear.register_forward_hook(lambda *_: calls.append(1))
+            self.heads.update({t: nn.Linear(4, 1) for t in tasks})
+
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            y = self.after(self.split(x))
+            return {t: h(y) for t, h in self.heads.items()}
+
+    x = torch.randn(2, 4)
+    for layer, expected in (("split", (1, 1)), ("after.linear", (1, 40))):
+        model = split(Net(), plan(layer, tasks=tasks), sample=x)
+        after.calls, calls[:] = 0, []
+        model(x)
+        assert (after.calls, len(calls)) == expected
 
 
 # Groups -------------------------------------------------------------------------------------------------------------
@@ -488,3 +523,30 @@ def test_a_layer_that_matters_to_no_output_is_refused(net: nn.Module, x: Tensor)
         split(net, plan("unused"), sample=x)
     with pytest.raises(SplitError, match="'a' alone"):
         split(net, plan("heads.a"), sample=x)
+
+
+class Tree(nn.Module):
+    """A layer for all tasks, and one for a and b."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.pair = nn.Linear(6, 6), nn.Linear(6, 6)
+        self.heads = nn.ModuleDict({t: nn.Linear(6, 2) for t in TASKS})
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        y = torch.relu(self.stem(x))
+        z = torch.relu(self.pair(y))
+        return {t: h(y if t == "c" else z) for t, h in self.heads.items()}
+
+
+def test_a_copy_that_matters_to_no_output_is_refused_with_groups_that_do() -> None:
+    net, x = Tree(), torch.randn(4, 6)
+    model = split(net, plan("pair"))
+    for _ in range(2):
+        with pytest.raises(SplitError, match=r"copies for 'c' would learn nothing.*\[\['a', 'c'\], \['b'\]\]"):
+            model(x)
+    with pytest.raises(SplitError, match="share one copy"):
+        split(net, Plan(tasks=TASKS, layers={"pair": [["a", "b"], ["c"]]}), sample=x)
+    model = split(net, Plan(tasks=TASKS, layers={"stem": [["a"], ["b"], ["c"]], "pair": [["a", "c"], ["b"]]}), sample=x)
+    torch.stack([o.square().sum() for o in model(x).values()]).sum().backward()
+    assert all(p.grad is not None for p in model.parameters())

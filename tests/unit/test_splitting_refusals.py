@@ -284,6 +284,61 @@ def test_verify_finds_a_value_under_two_names() -> None:
     split(net, plan("trunk.a"), sample=X, atomic=["trunk"])
 
 
+@pytest.mark.parametrize(
+    "alias", [lambda s: s, lambda s: s.view(-1, 6), lambda s: s[:, :]], ids=["name", "view", "slice"]
+)
+def test_the_first_call_finds_a_value_under_two_names(alias: Callable[[Tensor], Tensor]) -> None:
+    def then(_: Step, s: Tensor, y: Tensor) -> Tensor:
+        u = s * 1
+        keep = alias(u)
+        u += y
+        return u + keep
+
+    torch.manual_seed(0)
+    net = Headed(Step(then), 6, TASKS)
+    model = split(net, plan("trunk.a"))
+    for _ in range(2):
+        with pytest.raises(SplitError, match=r"first call, task 'a': output differs.*atomic=\["):
+            model(X)
+    model = split(net, plan("trunk.a"), atomic=["trunk"])
+    assert all(torch.equal(model(X)[t], net(X)[t]) for t in TASKS)
+
+
+class Mixing(nn.Module):
+    """What one task computes is a constant to another: found only by computing, after a first attempt."""
+
+    def __init__(self, change: Callable[[Tensor, Tensor], object]) -> None:
+        super().__init__()
+        self.change = change
+        self.a, self.b, self.heads = nn.Linear(6, 6), nn.Linear(6, 6), linear_heads(6, TASKS)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        self.change(x, self.b(x.detach().clone()))
+        out = {t: h(self.a(x)) for t, h in self.heads.items()}
+        return {t: o + out["a"].detach() for t, o in out.items()}
+
+
+def test_an_input_changed_in_place_is_put_back_before_a_second_attempt() -> None:
+    torch.manual_seed(0)
+    net = Mixing(lambda x, _: x.mul_(2))
+    model = split(net, plan("a"))
+    mine, theirs = X.clone(), X.clone()
+    out, expected = model(mine), net(theirs)
+    assert all(torch.equal(out[t], expected[t]) for t in TASKS)
+    assert torch.equal(mine, theirs)
+
+
+def test_an_input_that_became_part_of_the_graph_is_not_used_again() -> None:
+    torch.manual_seed(0)
+    net = Mixing(lambda x, y: x.add_(y))
+    model = split(net, plan("a"))
+    with pytest.raises(SplitError, match="call the model again"):
+        model(X.clone())
+    out, expected = model(X.clone()), net(X.clone())
+    assert all(torch.equal(out[t], expected[t]) for t in TASKS)
+    assert torch.autograd.grad(out["b"].sum(), list(model.parameters()), allow_unused=True)
+
+
 def test_values_that_pass_from_head_to_head_through_an_attribute_are_not_taken_for_shared() -> None:
     class Noted(nn.Module):
         def __init__(self, notes: dict[str, Tensor]) -> None:

@@ -1,8 +1,11 @@
 """Split models under the rest of PyTorch: autocast, hooks, transforms, export, compilation, DDP, memory."""
 
 import copy
+import gc
 import os
+import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, cast
 
 import pytest
@@ -14,7 +17,8 @@ from torch.func import functional_call, grad, vmap
 from reconmtl.errors import SplitError
 from reconmtl.plan import Plan
 from reconmtl.splitting import Cost, cost, saved_plan, split, verify, view
-from zoo import TASKS, Block, Headed, build
+from reconmtl.splitting.storage import _CLASSES
+from zoo import TASKS, ZOO, Block, Headed, build
 
 X = torch.randn(3, 2, 8, 8, generator=torch.Generator().manual_seed(0))
 PLAN = Plan(tasks=TASKS, layers=["trunk.0.conv2", "trunk.1.bn1"])
@@ -173,6 +177,102 @@ def test_a_forward_that_needs_values_is_not_counted() -> None:
 
     with pytest.raises(SplitError, match="leave out `sample`"):
         cost(Masked(6, 5), sample=torch.randn(10, 6))
+
+
+class Averaging(nn.Module):
+    """A module with a child and a moving average that its forward replaces."""
+
+    average: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(6, 6)
+        self.register_buffer("average", torch.zeros(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.inner(x)
+        if self.training:
+            self.average = 0.9 * self.average + 0.1 * y.detach().mean(0)
+        return cast(Tensor, y - self.average)
+
+
+@pytest.mark.parametrize("layer", ["trunk.0", "trunk.1.inner"])
+def test_a_buffer_that_a_container_replaces_becomes_one_per_task(layer: str) -> None:
+    torch.manual_seed(0)
+    x, net = torch.randn(4, 6), Headed(nn.Sequential(nn.Linear(6, 6), Averaging()), 6, TASKS)
+    model = split(net, Plan(tasks=TASKS, layers=[layer]))
+    twins = {t: copy.deepcopy(net) for t in TASKS}
+    for t in TASKS:
+        with torch.no_grad():
+            cast(Any, model.get_submodule(layer)).per_task[t].weight.mul_(2 + TASKS.index(t))
+            cast(Any, twins[t].get_submodule(layer)).weight.mul_(2 + TASKS.index(t))
+    for _ in range(2):
+        out = model(x)
+        assert all(torch.equal(out[t], twins[t](x)[t]) for t in TASKS)
+    state = load(save(model.state_dict()))
+    for t in TASKS:
+        assert torch.equal(state[f"trunk.1.per_task.{t}.average"], cast(Any, twins[t]).trunk[1].average)
+    again = split(net, saved_plan(state))
+    again.load_state_dict(state)
+    assert all(torch.equal(again.eval()(x)[t], model.eval()(x)[t]) for t in TASKS)
+
+
+# Threads, memory ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def hasty() -> Iterator[None]:
+    """Let threads take turns all the time."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(before)
+
+
+@pytest.mark.usefixtures("hasty")
+@pytest.mark.parametrize("called", [True, False])
+@pytest.mark.parametrize("name", ["residual", "outer", "remembering", "lstm", "squeeze", "tokens"])
+def test_threads_that_call_one_model_get_what_one_thread_gets(name: str, called: bool) -> None:
+    net, x = build(name).eval(), ZOO[name].inputs()[0]
+    batches = [x if not x.is_floating_point() else x * (1 + 0.1 * i) for i in range(8)]
+    layers = {"outer": "trunk.0", "remembering": "trunk.1", "lstm": "trunk.rnn", "squeeze": "trunk.point"}
+    layer = {**layers, "residual": "trunk.0.bn1", "tokens": "blocks.0.norm1"}[name]
+    for _ in range(3):
+        model = split(net, Plan(tasks=TASKS, layers=[layer]), atomic=ZOO[name].atomic)
+        if called:
+            model(x)
+        twin = copy.deepcopy(model)
+        expected = [twin(b) for b in batches] * 3
+        with ThreadPoolExecutor(4) as pool:
+            outs = list(pool.map(model, batches * 3))
+        assert all(torch.equal(a[t], b[t]) for a, b in zip(outs, expected, strict=True) for t in TASKS)
+
+
+def living_tensors() -> int:
+    gc.collect()
+    return sum(issubclass(type(o), Tensor) for o in gc.get_objects())
+
+
+@pytest.mark.parametrize("name", ["residual", "remembering", "lstm", "checkpointed"])
+def test_nothing_grows(name: str) -> None:
+    net, x = build(name), ZOO[name].inputs()[0]
+    layers = {"residual": "trunk.0.bn1", "remembering": "trunk.1", "lstm": "trunk.rnn", "checkpointed": "trunk.a"}
+    plan = Plan(tasks=TASKS, layers=[layers[name]])
+    model = split(net, plan, sample=x)
+
+    def steps(n: int) -> tuple[int, int, int]:
+        for _ in range(n):
+            model.zero_grad()
+            total(model(x)).backward()
+        for _ in range(n // 10):
+            split(net, plan, sample=x)
+        return living_tensors(), len(gc.get_objects()), len(_CLASSES)
+
+    first = steps(20)
+    then = steps(200)
+    assert then[0] <= first[0]
+    assert then[1] - first[1] < 200  # caches of groups and names
+    assert then[2] <= first[2]
 
 
 @pytest.fixture

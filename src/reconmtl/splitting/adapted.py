@@ -1,6 +1,7 @@
 """The classes that modules of a split model get: their calls, their state dicts, their copies and pickles."""
 
 import json
+import threading
 from collections.abc import Mapping
 from typing import Any, cast
 
@@ -10,12 +11,12 @@ from torch import Tensor, nn
 from reconmtl.errors import SplitError
 from reconmtl.layers import TaskCopies
 from reconmtl.splitting.branched import Branched, collect
-from reconmtl.splitting.calls import call, prepare, run_faces, whole
+from reconmtl.splitting.calls import FAST_PATHS, call, prepare, run_faces, whole
 from reconmtl.splitting.faces import Face
 from reconmtl.splitting.groups import Family, Masks, MissingTaskError, complete, refine
 from reconmtl.splitting.mapping import SharedWriteError
-from reconmtl.splitting.outputs import assemble, deliver
-from reconmtl.splitting.ownership import Snapshot, module_masks, recorded_masks
+from reconmtl.splitting.outputs import assemble, deliver, get_task, is_keyed, select
+from reconmtl.splitting.ownership import Inputs, Recorded, Snapshot, module_masks, recorded
 from reconmtl.splitting.storage import (
     COPIES,
     RECORD,
@@ -30,6 +31,7 @@ from reconmtl.splitting.storage import (
     write,
 )
 from reconmtl.splitting.structure import Value
+from reconmtl.splitting.tolerances import same_outputs
 
 EXTRA = "_extra_state"
 
@@ -278,22 +280,54 @@ def call_root(module: nn.Module, rec: Record, plain: Value, args: tuple[Value, .
         return deliver(out, rec.family)
 
     try:
-        if root.learned:
+        if root.settled:
             return run()
-        learn(module, args, kwargs)
-        before = Snapshot(module)
-        try:
-            return run()
-        except MissingTaskError:  # a value passes from task to task outside the graph: prune nothing
-            before.restore()
-            forget(module)
-            return run()
+        with _ONE_AT_A_TIME:
+            out = run() if root.learned else first(module, run, args, kwargs)
+            root.settled = is_settled(module, root.mode == "loop")
+            return out
     except MissingTaskError:
         forget(module)
         raise
     except SplitError as error:
         kind = SplitError if isinstance(error, SharedWriteError) else type(error)
         raise kind(located(module, error)).with_traceback(error.__traceback__) from None
+
+
+_ONE_AT_A_TIME = threading.RLock()
+"""Held while a call may move tensors of a model about: give buffers copies, or take them back."""
+
+
+def is_settled(module: nn.Module, whole: bool) -> bool:
+    """Whether no later call in this module can find out more about the use of its buffers."""
+    rec = record(module)
+    if rec is not None:
+        whole = whole or rec.atomic or isinstance(module, FAST_PATHS)
+        if whole and rec.stats == "watch" and not rec.buffers and any(b is not None for b in module._buffers.values()):
+            return False
+    return all(is_settled(m, whole) for m in module._modules.values() if m is not None)
+
+
+def first(module: nn.Module, run: Value, args: tuple[Value, ...], kwargs: dict[str, Value]) -> Value:
+    """The first call: find who owns what, compute, and compare with an ordinary network."""
+    rec = cast(Record, record(module))
+    root = rec.root
+    assert root is not None
+    seen = learn(module, args, kwargs)
+    before, inputs = Snapshot(module), Inputs(args, kwargs)
+    try:
+        out = run()
+    except MissingTaskError:  # a value passes from task to task outside the graph: prune nothing
+        forget(module)
+        before.restore()
+        if not inputs.restore():  # an input has become part of the graph, or a key-value cache is half filled
+            raise
+        out = run()
+    if root.mode == "branch" and torch.is_grad_enabled():
+        root.learned = False  # until it has passed
+        check_first(out, seen, rec.family)
+        root.learned = True
+    return out
 
 
 def located(module: nn.Module, error: BaseException) -> str:
@@ -309,8 +343,30 @@ def located(module: nn.Module, error: BaseException) -> str:
     return text if not inner or text.startswith(inner) else inner + text
 
 
-def learn(module: nn.Module, args: tuple[Value, ...], kwargs: dict[str, Value]) -> None:
+def check_first(out: Value, seen: Recorded, family: Family) -> None:
+    """Compare the first call with what the first task's own network returned in the recorded one.
+
+    Raises:
+        SplitError: If they differ, as they do where the forward goes on using a value under another name after
+            `shared += branched`, which makes a new tensor here and changes that value in an ordinary network.
+    """
+    if seen.random:
+        return
+    task = family.tasks[0]
+    mine = get_task(out, task) if is_keyed(out, family.tasks) else out
+    try:
+        same_outputs(mine, select(seen.output, task, family.tasks), f"first call, task {task!r}", exact=False)
+    except SplitError:
+        raise
+    except RuntimeError:  # tensors without values: on the meta device, under transforms
+        return
+
+
+def learn(module: nn.Module, args: tuple[Value, ...], kwargs: dict[str, Value]) -> Recorded:
     """Find, by one recorded call, what each module and each planned layer can reach; check the plan against it.
+
+    Returns:
+        What was recorded.
 
     Raises:
         SplitError: If a planned layer reaches no output, or one task's alone.
@@ -318,10 +374,11 @@ def learn(module: nn.Module, args: tuple[Value, ...], kwargs: dict[str, Value]) 
     rec = cast(Record, record(module))
     root, family = rec.root, rec.family
     assert root is not None
-    params = recorded_masks(module, family, args, kwargs)
+    seen = recorded(module, family, args, kwargs)
+    params = seen.params
     root.learned = True
     if not params:
-        return
+        return seen
     masks = module_masks(module, params)
     faults = []
     for m in module.modules():
@@ -334,15 +391,37 @@ def learn(module: nn.Module, args: tuple[Value, ...], kwargs: dict[str, Value]) 
         if not mine:
             faults.append(
                 f"{r.name}: none of its parameters reaches an output of this call (or only through re-entrant "
-                "checkpointing or torch.no_grad(), which hide it), so that copies would learn nothing"
+                "checkpointing or torch.no_grad(), which hide it), so that copies would learn nothing. Leave it out."
             )
         elif mine & (mine - 1) == 0 and len(family.tasks) > 1:
-            faults.append(f"{r.name}: it reaches the output of {family.label(mine)!r} alone, so that nothing is shared")
+            faults.append(
+                f"{r.name}: it reaches the output of {family.label(mine)!r} alone, so that nothing is shared. Leave it "
+                "out."
+            )
+        elif any(not g & mine for g in r.param_groups):
+            faults.append(_idle(r, mine))
     if faults:
         root.learned = False
-        raise SplitError("The plan names layers that cannot be split: " + "; ".join(faults) + ". Leave them out.")
+        raise SplitError("The plan names layers that cannot be split so: " + " ".join(faults))
     if root.mode == "branch":
         _own(module, "", family.full, masks, family)
+    return seen
+
+
+def _idle(rec: Record, mine: int) -> str:
+    """What is wrong with copies for tasks that a layer does not reach, and groups without such copies."""
+    family = rec.family
+    used = [g for g in rec.param_groups if g & mine]
+    idle = [g for g in rec.param_groups if not g & mine]
+    groups = [list(family.names(g | sum(idle) if i == 0 else g)) for i, g in enumerate(used)]
+    return (
+        f"{rec.name}: it reaches the outputs of {', '.join(map(repr, family.names(mine)))} alone, so that copies for "
+        f"{', '.join(repr(family.label(g)) for g in idle)} would learn nothing. Give them to a group that learns: "
+        f"Plan(tasks=[...], layers={{{rec.name!r}: {groups}, ...}})."
+        if len(used) > 1
+        else f"{rec.name}: it reaches the outputs of {', '.join(map(repr, family.names(mine)))} alone, which share one "
+        "copy, so that nothing is split. Leave it out."
+    )
 
 
 def _own(module: nn.Module, name: str, above: int, masks: dict[str, int], family: Family) -> None:
@@ -359,6 +438,9 @@ def _own(module: nn.Module, name: str, above: int, masks: dict[str, int], family
 
 def forget(module: nn.Module) -> None:
     """Compute every value for every task from now on."""
+    root = cast(Record, record(module)).root
+    assert root is not None
+    root.settled = False
     for m in module.modules():
         rec = record(m)
         if rec is not None:

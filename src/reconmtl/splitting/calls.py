@@ -21,7 +21,7 @@ from reconmtl.splitting.branched import (
 from reconmtl.splitting.faces import Collections, Face, keep_attributes, opened
 from reconmtl.splitting.groups import Family, Masks, complete, refine, union
 from reconmtl.splitting.mapping import SharedWriteError
-from reconmtl.splitting.objects import versions
+from reconmtl.splitting.objects import same_versions, versions
 from reconmtl.splitting.storage import COPIES, Record, base_class, copies, record, refine_buffers, share_buffers
 from reconmtl.splitting.structure import Value, tensors, transform
 
@@ -252,7 +252,7 @@ def _check_versions(seen: list[_Input], mask: int, rec: Record) -> None:
 
 def _check_objects(before: list[tuple[Value, Tensor, int]], arguments: Value, rec: Record) -> None:
     after = versions(arguments)
-    if len(after) == len(before) and all(a[1] is b[1] and a[2] == b[2] for a, b in zip(after, before, strict=True)):
+    if same_versions(before, after):
         return
     kept = {id(t): v for _, t, v in before}
     kind = next((type(h) for h, t, v in after if kept.get(id(t)) != v), object)

@@ -118,7 +118,9 @@ def _work(model: nn.Module, plan: Plan | None, sample: object) -> tuple[int, int
             mode = _Counter()  # type: ignore[no-untyped-call]
             with mode as counter, torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
                 out = shadow(*args, **kwargs)
-    except (NotImplementedError, RuntimeError) as error:
+    except SplitError:
+        raise
+    except RuntimeError as error:
         raise SplitError(
             f"cost: the forward cannot be counted on the meta device ({str(error)[:200]}); leave out `sample`."
         ) from error

@@ -65,6 +65,11 @@ def unpack(value: Value, mask: int, made: dict[int, Value] | None = None) -> Val
     return new
 
 
+def same_versions(before: list[tuple[Value, Tensor, int]], after: list[tuple[Value, Tensor, int]]) -> bool:
+    """Whether objects hold the same tensors as before, none of them written to."""
+    return len(after) == len(before) and all(a[1] is b[1] and a[2] == b[2] for a, b in zip(after, before, strict=True))
+
+
 def versions(value: Value) -> list[tuple[Value, Tensor, int]]:
     """The tensors inside of objects in a structure, with the object and how often each was written to."""
     out = []

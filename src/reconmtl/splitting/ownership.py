@@ -1,8 +1,11 @@
 """Which tasks a module can reach, found by one recorded call: the graph from each task's output to parameters."""
 
 import copy
+import random
 from collections.abc import Sequence
+from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -10,11 +13,11 @@ from reconmtl.errors import SplitError
 from reconmtl.layers import ROOT
 from reconmtl.randomness import untouched_randomness
 from reconmtl.splitting.groups import Family
-from reconmtl.splitting.objects import find
+from reconmtl.splitting.objects import find, same_versions, versions
 from reconmtl.splitting.outputs import get_task, is_keyed, task_keys
 from reconmtl.splitting.refusals import is_sharded
 from reconmtl.splitting.storage import COPIES, GroupTensors, clone, copies, plain_tensors, record, to_plain
-from reconmtl.splitting.structure import Value, tensors
+from reconmtl.splitting.structure import Value, tensors, transform
 
 
 def plain_copy(model: nn.Module, mask: int, *, share_buffers: bool) -> nn.Module:
@@ -56,7 +59,28 @@ def own_inputs(args: Sequence[Value], kwargs: dict[str, Value]) -> tuple[Sequenc
         return args, kwargs
 
 
-def recorded_masks(model: nn.Module, family: Family, args: Sequence[Value], kwargs: dict[str, Value]) -> dict[int, int]:
+@dataclass(frozen=True)
+class Recorded:
+    """What one call of the first task's network, recorded before the first call, has shown.
+
+    Attributes:
+        params: {id(parameter): mask of the tasks whose outputs it reaches}; empty if no output has a gradient.
+        output: What that network returned, without graph.
+        random: Whether it drew random numbers, so that another call returns something else.
+    """
+
+    params: dict[int, int]
+    output: Value
+    random: bool
+
+
+def _random_state() -> list[Value]:
+    numpy: Value = np.random.get_state(legacy=False)  # noqa: NPY002 the user's global state
+    devices = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    return [random.getstate(), str(numpy), *(t.tolist() for t in (torch.get_rng_state(), *devices))]
+
+
+def recorded(model: nn.Module, family: Family, args: Sequence[Value], kwargs: dict[str, Value]) -> Recorded:
     """Run the unsplit model once and find which tasks' outputs each parameter reaches.
 
     Args:
@@ -66,7 +90,7 @@ def recorded_masks(model: nn.Module, family: Family, args: Sequence[Value], kwar
         kwargs: Keyword arguments of the call.
 
     Returns:
-        {id(parameter): mask of tasks}, first groups' copies standing for all; empty if no output has a gradient.
+        Which tasks each parameter reaches, first groups' copies standing for all, and what the first task's was.
     """
     with untouched_randomness(), torch.inference_mode(False), torch.enable_grad():
         twin = plain_copy(model, 1, share_buffers=False)
@@ -75,8 +99,10 @@ def recorded_masks(model: nn.Module, family: Family, args: Sequence[Value], kwar
         try:
             for p in frozen:
                 p.requires_grad_(True)
+            before = _random_state()
             out = twin(*args, **kwargs)
-            return reached(_by_task(out, family), twin)
+            params = reached(_by_task(out, family), twin)
+            return Recorded(params, transform(out, Tensor.detach), before != _random_state())
         finally:
             for p in frozen:
                 p.requires_grad_(False)
@@ -195,3 +221,31 @@ class Snapshot:
                     child = copies(module)[rec.family.label(mask)]
                     child._buffers[name] = clone(source) if id(source) in used else source
                     used.add(id(source))
+
+
+class Inputs:
+    """The arguments of a trial call, to be put back after it.
+
+    Args:
+        args: Positional arguments.
+        kwargs: Keyword arguments.
+    """
+
+    def __init__(self, args: Sequence[Value], kwargs: dict[str, Value]) -> None:
+        self.given = (tuple(args), kwargs)
+        self.tensors = [(t, _writes(t), t.grad_fn, t.detach().clone()) for t in tensors(self.given)]
+        self.objects = versions(self.given)
+
+    def restore(self) -> bool:
+        """Put back what tensors held; False if something cannot be undone: graph, or an object (a key-value cache)."""
+        with torch.no_grad():
+            for t, count, node, before in self.tensors:
+                if t.grad_fn is not node:  # written in place with values that have a gradient
+                    return False
+                if _writes(t) != count or t.is_inference():
+                    t.copy_(before)
+        return same_versions(self.objects, versions(self.given))
+
+
+def _writes(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version

@@ -59,6 +59,7 @@ class Root:
     norm_stats: str
     mode: str
     learned: bool = False
+    settled: bool = False  # no call moves tensors about any more, so that several threads may call
 
 
 @dataclass

@@ -16,9 +16,7 @@ from reconmtl.splitting.outputs import get_task, is_keyed, select
 from reconmtl.splitting.ownership import Snapshot, own_inputs, plain_copy
 from reconmtl.splitting.storage import GroupTensors, Record, own_tensors, record
 from reconmtl.splitting.structure import Value, tensors
-
-TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}
-"""Largest difference that passes, relative to the largest value of the tensor (of the task, for gradients)."""
+from reconmtl.splitting.tolerances import close, same_outputs
 
 
 @dataclass(frozen=True)
@@ -145,7 +143,7 @@ def _compare(model: nn.Module, rec: Record, sample: object, mode: str) -> tuple[
         calls = _count_calls(twin)
         expected = select(_run(twin, args, kwargs), task, tasks)
         mine = get_task(out, task) if is_keyed(out, tasks) else out
-        worst[0] = max(worst[0], _same_outputs(mine, expected, f"{mode} mode, task {task!r}"))
+        worst[0] = max(worst[0], same_outputs(mine, expected, f"{mode} mode, task {task!r}"))
         worst[1] = max(worst[1], _same_gradients(mine, expected, params, f"{mode} mode, task {task!r}"))
         if rec.root.norm_stats == "per-task":
             foreign = _foreign(model, 1 << i)
@@ -203,38 +201,6 @@ def _buffers(model: nn.Module, mask: int) -> dict[str, Tensor]:
     return found
 
 
-def _same_outputs(mine: Value, expected: Value, where: str) -> float:
-    a, b = list(tensors(mine)), list(tensors(expected))
-    if len(a) != len(b):
-        raise SplitError(f"{where}: the split model returned {len(a)} tensors, a network of its own {len(b)}.")
-    worst = 0.0
-    for i, (x, y) in enumerate(zip(a, b, strict=True)):
-        at = f"{where}: output" + (f" {i}" if len(a) > 1 else "")
-        if x.shape != y.shape or x.dtype != y.dtype:
-            raise SplitError(
-                f"{at} is {tuple(x.shape)} {x.dtype}, a network of its own gives {tuple(y.shape)} {y.dtype}."
-            )
-        worst = max(worst, _close(x.detach(), y.detach(), at, "an aliased value changed in place would be one reason"))
-    return worst
-
-
-def _close(x: Tensor, y: Tensor, at: str, hint: str, scale: float | None = None) -> float:
-    if x.numel() == 0:
-        return 0.0
-    if not (x.is_floating_point() or x.is_complex()):
-        if not torch.equal(x, y):
-            raise SplitError(f"{at} differs from that of a network of its own; {hint}.")
-        return 0.0
-    if torch.equal(x, y):
-        return 0.0
-    x, y = torch.nan_to_num(x), torch.nan_to_num(y)
-    top = scale if scale is not None else max(float(y.abs().max()), 1e-30)
-    difference = float((x - y).abs().max()) / top
-    if difference > TOLERANCE.get(x.dtype, 1e-4):
-        raise SplitError(f"{at} differs by {difference:.2g} (relative) from that of a network of its own; {hint}.")
-    return difference
-
-
 def _same_gradients(mine: Value, expected: Value, params: dict[str, Any], where: str) -> float:
     a, b = _gradients(mine, params), _gradients(expected, params)
     if b is None:
@@ -255,7 +221,7 @@ def _same_gradients(mine: Value, expected: Value, params: dict[str, Any], where:
         elif x is None:
             raise SplitError(f"{at} is missing, although the task's own network uses it.")
         else:
-            worst = max(worst, _close(x, y, at, "see `mode='loop'` for a way that always works", max(top, 1e-30)))
+            worst = max(worst, close(x, y, at, "see `mode='loop'` for a way that always works.", max(top, 1e-30)))
     return worst
 
 
@@ -278,4 +244,4 @@ def _same_buffers(mine: dict[str, Tensor], expected: dict[str, Tensor], where: s
     for name, y in expected.items():
         x = mine[name]
         if x.shape == y.shape:
-            _close(x, y, f"{where}: buffer {name} after the call", "name its module in `atomic=[...]`")
+            close(x, y, f"{where}: buffer {name} after the call", "name its module in `atomic=[...]`.")
