@@ -11,6 +11,8 @@ from torch.nn import functional as F
 from torch.nn.utils.parametrizations import orthogonal, spectral_norm, weight_norm
 from torch.utils.checkpoint import checkpoint
 
+from reconmtl.networks import resnet
+
 TASKS = ("a", "b", "c")
 Make = Callable[[Sequence[str]], nn.Module]
 
@@ -662,6 +664,7 @@ def returning(kind: str) -> Net:
 ZOO: dict[str, Net] = {
     "mlp": Net(headed(lambda: nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 4)), 4), vectors()),
     "residual": Net(residual, images()),
+    "resnet18": Net(lambda tasks: resnet.multifashion(2, tasks=tasks), images(1, 36)),
     "residual_swapped": Net(residual_swapped, images()),
     "concat": Net(headed(Concat, 128), images()),
     "slices": Net(headed(Slices, 128), images()),

@@ -291,8 +291,11 @@ def compare(seed: int) -> str:
     if not plan.layers:
         return "no layer"
     sample = xs[0].clone() if r.random() < 0.3 else None
+    whole = [n for n, m in net.parts.items() if isinstance(m, (Gain, nn.Sequential))]
+    options: dict[str, Any] = {"atomic": [f"parts.{n}" for n in whole if r.random() < 0.3]}
+    options["mode"] = "loop" if r.random() < 0.15 else "branch"
     try:
-        model = split(net, plan, sample=sample)
+        model = split(net, plan, sample=sample, **options)
     except SplitError as error:
         return "refused: " + str(error)[:300]
     groups = {n: [list(g) for g in p] for n, p in plan.layers.items()}
@@ -303,8 +306,10 @@ def compare(seed: int) -> str:
         model.zero_grad()
         try:
             out = model(x.clone())
-        except SplitError as error:  # at the first call: no gradient has been used yet
-            assert x is xs[0]
+        except SplitError as error:
+            # Later than at the first call only where a BatchNorm runs before and behind the split: from the second call
+            # on its output differs between tasks even before it.
+            assert x is xs[0] or ("in place" in str(error) and any("batch" in n for n in net.parts)), error
             return "refused: " + str(error)[:300]
         cast(Tensor, sum(loss(out[t], i) for i, t in enumerate(TASKS))).backward()
         grads: dict[str, Tensor] = {}

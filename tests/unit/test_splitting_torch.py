@@ -39,8 +39,11 @@ def test_autocast(model: nn.Module) -> None:
     assert all(out[t].dtype == torch.bfloat16 and torch.equal(out[t], expected[t]) for t in TASKS)
 
 
-def test_half_precision_is_verified_in_its_own_dtype(model: nn.Module) -> None:
-    assert verify(model.bfloat16(), X.bfloat16()).modes == ("train", "eval")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_verified_in_its_own_dtype(model: nn.Module, dtype: torch.dtype) -> None:
+    half = model.half() if dtype == torch.float16 else model.bfloat16()
+    assert all(p.dtype == dtype for p in half.parameters())
+    assert verify(half, X.to(dtype)).modes == ("train", "eval")
 
 
 def test_inference_mode_as_first_call() -> None:
@@ -168,6 +171,10 @@ def test_work_is_counted_without_building_or_computing() -> None:
     assert after.activations - before.activations == 10 * 4 * 4  # the second branch's features, for the head's gradient
     assert cost(split(net, plan), sample=x) == after
     assert all(p.device.type == "cpu" for p in net.parameters())
+
+
+def test_a_view_costs_what_the_original_costs(model: nn.Module) -> None:
+    assert cost(view(model, "b").module, sample=X) == cost(build("residual"), sample=X)
 
 
 def test_a_forward_that_needs_values_is_not_counted() -> None:
