@@ -20,7 +20,7 @@ from reconmtl.runs import Values
 try:
     from lightning_fabric import Fabric
 except ModuleNotFoundError:  # the large `lightning` package carries the same Fabric under another name
-    from lightning.fabric import Fabric  # type: ignore[assignment, no-redef]  # the same class
+    from lightning.fabric import Fabric  # type: ignore[assignment]  # the same class
 
 
 @functools.cache  # it holds no state of a training, and announces the precision each time it is made
