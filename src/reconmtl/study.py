@@ -27,7 +27,7 @@ from reconmtl.gram import Gradients
 from reconmtl.plan import Plan, check_k
 from reconmtl.problem import Problem, call
 from reconmtl.randomness import seeded
-from reconmtl.reporting import summary
+from reconmtl.reporting.tables import summary
 from reconmtl.runs import Run, environment, new_folder
 from reconmtl.settings import Settings
 from reconmtl.train import fit, open_run, probe

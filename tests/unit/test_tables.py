@@ -6,7 +6,7 @@ from torch import Tensor
 from reconmtl.comparing import compare
 from reconmtl.conflicts import TABLE_EDGES, ConflictLog
 from reconmtl.plan import Plan
-from reconmtl.reporting import conflicts_table, layers_table, summary
+from reconmtl.reporting.tables import conflicts_table, layers_table, summary
 from reconmtl.runs import Run
 
 MIDDLES = (0.5, -0.005, -0.015, -0.025, -0.5)

@@ -1,0 +1,1 @@
+"""What people read of a finished study: text tables, one HTML page that needs no network, figures for papers."""
