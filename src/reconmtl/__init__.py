@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from reconmtl.conflicts import ConflictLog
     from reconmtl.errors import ReconError
     from reconmtl.evaluation import Machine
+    from reconmtl.faults import check
     from reconmtl.plan import Plan
     from reconmtl.probing import Probe
     from reconmtl.problem import Metric, Problem, Recipe, Task
@@ -42,6 +43,7 @@ _HOME = {
     "ReconError": "errors",
     "Run": "runs",
     "Task": "problem",
+    "check": "faults",
     "check_optimizer": "splitting",
     "check_probe": "checking",
     "compare": "comparing",
@@ -70,6 +72,7 @@ __all__ = [
     "Run",
     "Task",
     "__version__",
+    "check",
     "check_optimizer",
     "check_probe",
     "compare",

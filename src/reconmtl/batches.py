@@ -34,7 +34,7 @@ class BatchData(Protocol):
 def fetch(
     data: Data,
     indices: Tensor,
-    tasks: Sequence[str],
+    tasks: Sequence[str] | None,
     collate: Callable[[list[Any]], tuple[Any, Mapping[str, Any]]] | None = None,
 ) -> tuple[Any, Targets]:
     """Make a batch of the samples at `indices` [n].
@@ -42,7 +42,7 @@ def fetch(
     Args:
         data: The samples; one with a method `batch` is asked for all of them at once.
         indices: Positions, [n].
-        tasks: Whose targets are wanted.
+        tasks: Whose targets are wanted; None: all there are.
         collate: Makes a batch of a list of items; None stacks them, of each task the targets that are there.
 
     Returns:
@@ -57,12 +57,19 @@ def fetch(
         inputs, targets = _complete(data.batch(indices), f"{type(data).__name__}.batch")
     else:
         inputs, targets = _collate([data[int(i)] for i in indices], tasks)
-    return inputs, {t: targets[t] for t in tasks if t in targets}
+    return inputs, {t: targets[t] for t in (targets if tasks is None else tasks) if t in targets}
 
 
 def move(value: Any, device: torch.device) -> Any:  # noqa: ANN401 nested containers of tensors
     """Put what can be moved (tensors, and whatever else has `.to`) on a device; containers keep their structure."""
     return _map(lambda leaf: leaf.to(device) if hasattr(leaf, "to") else leaf, value)
+
+
+def leaves(value: Any) -> list[Any]:  # noqa: ANN401 nested containers of tensors
+    """What nested containers hold, in order."""
+    found: list[Any] = []
+    _map(found.append, value)
+    return found
 
 
 def check_outputs(outputs: Any, tasks: Iterable[str]) -> None:  # noqa: ANN401 whatever the model returns
@@ -102,7 +109,7 @@ def _complete(batch: Any, source: str) -> tuple[Any, Targets]:  # noqa: ANN401 o
     return batch[0], {task: (values, None) for task, values in batch[1].items() if values is not None}
 
 
-def _collate(items: list[Any], tasks: Sequence[str]) -> tuple[Any, Targets]:
+def _collate(items: list[Any], tasks: Sequence[str] | None) -> tuple[Any, Targets]:
     for item in items:
         if not isinstance(item, (tuple, list)) or len(item) != 2 or not isinstance(item[1], Mapping):
             raise ProblemError(
@@ -111,7 +118,7 @@ def _collate(items: list[Any], tasks: Sequence[str]) -> tuple[Any, Targets]:
             )
     inputs = _stack([item[0] for item in items], "inputs")
     targets: Targets = {}
-    for task in tasks:
+    for task in dict.fromkeys(t for item in items for t in item[1]) if tasks is None else tasks:
         present = [i for i, item in enumerate(items) if item[1].get(task) is not None]
         if present:
             values = _stack([items[i][1][task] for i in present], f"targets of task {task!r}")

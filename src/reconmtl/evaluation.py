@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from reconmtl.batches import Data, call, check_outputs, select
 from reconmtl.errors import ProblemError, nearest
-from reconmtl.problem import Problem
+from reconmtl.problem import Metric, Problem
 from reconmtl.randomness import seeded
 from reconmtl.runs import Values
 
@@ -125,6 +125,19 @@ def evaluate(problem: Problem, model: nn.Module, data: Data, *, machine: Machine
                 _number(states[key].compute(), *key) if key in states else sums[key] / counts[task.name]
             )
     return values
+
+
+def judge(metric: Metric, task: str, output: Any, target: Any, n: int) -> float:  # noqa: ANN401 of the user
+    """One metric of a task on one batch of n samples.
+
+    Raises:
+        ProblemError: If it does not return one value per sample, or a stateful one not one number.
+    """
+    if not metric.is_factory:
+        return _per_sample_sum(metric.fn(output, target), n, task, metric.name) / n
+    state = metric.fn()
+    state.update(output, target)
+    return _number(state.compute(), task, metric.name)
 
 
 @contextmanager

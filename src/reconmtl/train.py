@@ -82,7 +82,7 @@ def _train(
     with seeded(seed), bar(epochs * steps, description) as progress:
         model = problem.model()
         if plan is not None:
-            model = split(model, plan, norm_stats=norm_stats, sample=_sample(problem))
+            model = split(model, plan, norm_stats=norm_stats, sample=problem.sample())
         model = fabric.to_device(model)
         torch.manual_seed(seed)  # drawing the weights of one network more or less must not move dropout
         optimizer = recipe.make_optimizer(model)
@@ -132,11 +132,6 @@ def _train(
     # Single-task networks are often joint ones: what their only task never reaches has no gradient and does not count.
     counted = reached if len(problem.tasks) == 1 else model.parameters()
     return _Trained(model, None if probe is None else probe.log, sum(p.numel() for p in counted), values)
-
-
-def _sample(problem: Problem) -> Any:  # noqa: ANN401 whatever the model takes
-    """Inputs of two samples (one would be too few for batch statistics), from which a split learns who owns what."""
-    return problem.batch(problem.train, torch.arange(min(2, len(problem.train))), torch.device("cpu"))[0]
 
 
 def _overridden(problem: Problem, overrides: Mapping[str, Any]) -> Problem:
@@ -398,7 +393,7 @@ def open_run(path: str | Path, problem: Problem) -> Run:
         else:
             model = problem.model()
             if run.plan is not None:
-                model = split(model, run.plan, norm_stats=run.config["norm_stats"], sample=_sample(problem))
+                model = split(model, run.plan, norm_stats=run.config["norm_stats"], sample=problem.sample())
         state = load_checkpoint(run.path / "last.ckpt")
         missing, unexpected = model.load_state_dict(state, strict=False)
         wrong = [n for n in [*missing, *unexpected] if not n.endswith("_extra_state")]
