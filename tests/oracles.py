@@ -22,8 +22,14 @@ def gram(losses: Mapping[str, Tensor], layers: Sequence[Sequence[nn.Parameter]])
         gradients = task_gradients(losses, parameters)
         for i, first in enumerate(gradients):
             for j, second in enumerate(gradients):
-                out[k, i, j] = sum(float((a.double() * b.double()).sum()) for a, b in zip(first, second, strict=True))
+                out[k, i, j] = sum(_inner(a, b) for a, b in zip(first, second, strict=True))
     return out
+
+
+def _inner(a: Tensor, b: Tensor) -> float:
+    if a.is_complex():
+        return _inner(a.real, b.real) + _inner(a.imag, b.imag)
+    return float((a.to_dense().double() * b.to_dense().double()).sum())
 
 
 def count_conflicts(cosines: list[list[list[float]]], severity: float) -> list[int]:

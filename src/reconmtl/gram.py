@@ -7,6 +7,7 @@ weight (`flat`) or at the layer's output (`delta`, see `engines.py`). Neither ne
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -14,15 +15,15 @@ from torch import Tensor, nn
 from reconmtl.engines import Site, find_site, full_precision, pays, site_floats
 from reconmtl.errors import ProbeError
 from reconmtl.graph import Graph, check_losses, many, reach
-from reconmtl.layers import find_layers, match_layers
-from reconmtl.passes import Layout, Measured, Segment, Sweep, buffers_once
+from reconmtl.layers import ROOT, find_layers, match_layers
+from reconmtl.passes import Layout, Measured, Segment, Sweep, as_real, buffers_once, real_numel
 
 __all__ = [
     "Gradients",
     "Layout",
     "Measured",
     "Segment",
-    "accumulate",
+    "add_update",
     "check_losses",
     "grams",
     "reach",
@@ -68,7 +69,8 @@ class Gradients:
         self.engine = engine
         self.memory = memory
         self.engines: dict[str, str] = {}
-        self.layers = find_layers(model)
+        # `torch.compile` wraps modules: a plan made from the log is to name the layers of the uncompiled network.
+        self.layers = [replace(layer, name=_uncompiled(layer.name)) for layer in find_layers(model)]
         self.forced = None if shared is None else set(match_layers(shared, [layer.name for layer in self.layers]))
         self._parameters = dict(model.named_parameters())
         self._layouts: dict[tuple[object, ...], Layout] = {}
@@ -112,22 +114,23 @@ class Gradients:
                 shared.append((n, self._parameters[n]))
                 starts.append(position)
                 owner.append(len(segments))
-                position += self._parameters[n].numel()
+                position += real_numel(self._parameters[n])
             union = 0
             for n in names:
                 union |= masks[n]
             reaching = tuple(i for i in range(len(tasks)) if union >> i & 1)
             segments.append(Segment(layer.name, start, position, reaching))
         every = [p for _, p in shared]
-        kinds = {(p.device, p.is_complex()) for p in every}
-        if len(kinds) > 1 or any(p.is_complex() for p in every):
+        homes = {p.device: n for n, p in reversed(shared)}
+        if len(homes) > 1:
+            where = ", ".join(f"{n!r} on {device}" for device, n in homes.items())
             raise ProbeError(
-                f"Shared parameters are complex or lie on several devices ({sorted(str(k[0]) for k in kinds)}); "
-                "their gradients cannot be compared in one vector."
+                f"The shared parameters lie on several devices ({where}), so that their gradients form no one vector: "
+                "put the shared part on one device."
             )
         dtype = torch.float32
         for p in every:
-            dtype = torch.promote_types(dtype, p.dtype)
+            dtype = torch.promote_types(dtype, p.dtype.to_real())
         return Layout(
             tasks=tasks,
             segments=tuple(segments),
@@ -259,6 +262,10 @@ class Gradients:
             )
 
 
+def _uncompiled(name: str) -> str:
+    return ".".join(part for part in name.split(".") if part != "_orig_mod") or ROOT
+
+
 def grams(layout: Layout, rows: Tensor) -> Tensor:
     """Compute each layer's Gram matrix of task gradients.
 
@@ -282,13 +289,20 @@ def grams(layout: Layout, rows: Tensor) -> Tensor:
     return out
 
 
-def accumulate(layout: Layout, rows: Tensor, own: Sequence[Sequence[Tensor | None]]) -> None:
-    """Add the sum of the task gradients to `.grad`, as `sum(losses).backward()` does."""
-    add_update(layout, rows.sum(0), own)
+def add_update(
+    layout: Layout,
+    total: Tensor,
+    own: Sequence[Sequence[Tensor | None]],
+    sparse: Mapping[int, Tensor] | None = None,
+) -> None:
+    """Add an update to `.grad`, as the backward pass of the summed losses would.
 
-
-def add_update(layout: Layout, total: Tensor, own: Sequence[Sequence[Tensor | None]]) -> None:
-    """Add an update of the shared parameters [parameters], and what each task has for itself, to `.grad`."""
+    Args:
+        layout: Where the shared parameters lie in the update.
+        total: The update of the shared parameters, [parameters].
+        own: Per task the gradients of the parameters that it alone reaches.
+        sparse: Shared parameters, by position, whose `.grad` is to be sparse, with its rows [n].
+    """
     seen: set[int] = set()
     for parameters, grads in zip(layout.exclusive, own, strict=True):
         for parameter, grad in zip(parameters, grads, strict=True):
@@ -300,12 +314,24 @@ def add_update(layout: Layout, total: Tensor, own: Sequence[Sequence[Tensor | No
             if not grad.is_sparse:
                 seen.add(grad.data_ptr())
     for j, (_, parameter) in enumerate(layout.shared):
-        _add_grad(parameter, total[layout.at(j)].view(parameter.shape).to(parameter.dtype))
+        _add_grad(parameter, _gradient(total[layout.at(j)], parameter, None if sparse is None else sparse.get(j)))
+
+
+def _gradient(flat: Tensor, parameter: nn.Parameter, rows: Tensor | None) -> Tensor:
+    """Give real numbers the shape and the type of a parameter; sparse, if its rows [n] are given."""
+    if parameter.is_complex():
+        return torch.view_as_complex(flat.view(*parameter.shape, 2)).to(parameter.dtype)
+    grad = flat.view(parameter.shape).to(parameter.dtype)
+    if rows is None:
+        return grad
+    return torch.sparse_coo_tensor(rows[None], grad[rows], grad.shape, check_invariants=False).coalesce()
 
 
 def _add_grad(parameter: nn.Parameter, grad: Tensor) -> None:
     if parameter.grad is None:
         parameter.grad = grad
+    elif parameter.grad.is_sparse and not grad.is_sparse:
+        parameter.grad = grad + parameter.grad
     else:
         parameter.grad += grad
 
@@ -326,7 +352,7 @@ def reference_grams(losses: Mapping[str, Tensor], layers: Mapping[str, Sequence[
         for parameters in layers.values():
             grads = torch.autograd.grad(loss, list(parameters), retain_graph=True, allow_unused=True)
             flat = [
-                (torch.zeros_like(p) if g is None else (g.to_dense() if g.is_sparse else g)).double().flatten()
+                as_real(torch.zeros_like(p) if g is None else (g.to_dense() if g.is_sparse else g)).double().flatten()
                 for p, g in zip(parameters, grads, strict=True)
             ]
             per_layer.append(torch.cat(flat))

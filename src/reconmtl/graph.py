@@ -14,9 +14,11 @@ from torch.autograd.graph import GradientEdge, Node
 
 from reconmtl.errors import ProbeError
 
+COMPILED = "CompiledFunctionBackward"
 OPAQUE = {
-    "CompiledFunctionBackward": "a region compiled by torch.compile hides which task reaches which parameter: "
-    "name the shared layers with `shared=[...]`, or probe the model uncompiled",
+    COMPILED: "a region compiled by torch.compile, with outputs that different tasks use, hides which task reaches "
+    "which parameter: name the shared layers with `shared=[...]`, compile the shared part alone, or probe the model "
+    "uncompiled",
     "CheckpointFunctionBackward": "re-entrant activation checkpointing cannot be differentiated per task: "
     "use `checkpoint(..., use_reentrant=False)`",
 }
@@ -43,7 +45,8 @@ class Graph:
 
     Args:
         losses: Scalars with a graph.
-        opaque: True accepts graph nodes that hide what they compute.
+        opaque: True accepts graph nodes that hide what they compute. A compiled region all of whose outputs serve the
+            same tasks hides nothing.
 
     Attributes:
         order: Every node before the ones it depends on: losses first, leaves last.
@@ -69,8 +72,8 @@ class Graph:
                     # The first argument goes deepest (it is the layer's input), so that a weight's own small branch
                     # comes right after its layer in `order` and not after the whole network.
                     stack.extend((n, False) for n, _, _ in reversed(below) if n not in self.children)
-                    if not opaque and (hint := OPAQUE.get(node.name())):
-                        raise ProbeError(f"The graph contains {node.name()}: {hint}.")
+                    if not opaque and node.name() in OPAQUE and node.name() != COMPILED:
+                        raise ProbeError(f"The graph contains {node.name()}: {OPAQUE[node.name()]}.")
         order.reverse()
         self.order = order
         self.roots = [loss.grad_fn for loss in losses]
@@ -87,6 +90,23 @@ class Graph:
             leaf = getattr(node, "variable", None)
             if leaf is not None:
                 self.leaves[id(leaf)] = node
+        if not opaque:
+            self._refuse_divided(losses)
+
+    def _refuse_divided(self, losses: Sequence[Tensor]) -> None:
+        """Raise a ProbeError if a compiled region has outputs that different tasks use."""
+        compiled = [node for node in self.order if node.name() == COMPILED]
+        for node in compiled:
+            outputs: dict[int, int] = {}  # position of an output -> which losses it serves
+            for parent in {p for p, _ in self.uses[node]}:
+                for child, output, _ in self.children[parent]:
+                    if child is node:
+                        outputs[output] = outputs.get(output, 0) | self.masks[parent]
+            for i, loss in enumerate(losses):
+                if loss.grad_fn is node:
+                    outputs[loss.output_nr] = outputs.get(loss.output_nr, 0) | 1 << i
+            if len(set(outputs.values())) > 1:
+                raise ProbeError(f"The graph contains {COMPILED}: {OPAQUE[COMPILED]}.")
 
     def mask(self, leaf: Tensor) -> int:
         """Which losses reach a leaf tensor; what counts is reachability, not a nonzero gradient."""

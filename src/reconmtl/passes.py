@@ -18,7 +18,7 @@ from torch.autograd.graph import GradientEdge, Node
 from reconmtl.engines import Site, full_precision, product, rounds_to_tf32, site_gram
 from reconmtl.graph import Graph, Shared, Stage, many
 
-AGREE = {torch.float32: 1e-5, torch.float64: 1e-10}
+AGREE = {torch.float32: 2.5e-6, torch.float64: 1e-10}
 """Largest difference of a cosine, or relative one of a gradient, at which `delta` is trusted for a layer."""
 
 
@@ -58,7 +58,20 @@ class Layout:
 
     def at(self, j: int) -> slice:
         """Where the j-th shared parameter lies."""
-        return slice(self.starts[j], self.starts[j] + self.shared[j][1].numel())
+        return slice(self.starts[j], self.starts[j] + real_numel(self.shared[j][1]))
+
+
+def real_numel(tensor: Tensor) -> int:
+    """Real numbers in a tensor: a complex element counts as two."""
+    return tensor.numel() * (2 if tensor.is_complex() else 1)
+
+
+def as_real(tensor: Tensor) -> Tensor:
+    """A complex tensor [...] as real and imaginary parts [..., 2], whose inner product is that of descent directions.
+
+    A real tensor is returned as it is.
+    """
+    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
 
 
 @dataclass(frozen=True)
@@ -69,6 +82,8 @@ class Measured:
         layout: What is shared.
         gram: Inner products [layers, tasks, tasks]; NaN for tasks that do not reach the layer.
         total: Weighted sum of the task gradients of the shared parameters, [parameters].
+        sparse: Shared parameters, by position, whose gradients autograd makes sparse, with the rows [n] that any task's
+            gradient touches.
         own: Per task the gradients of the parameters that it alone reaches.
         settle: To be called after a further backward pass over the same graph, see `buffers_once`.
     """
@@ -76,6 +91,7 @@ class Measured:
     layout: Layout
     gram: Tensor
     total: Tensor
+    sparse: dict[int, Tensor]
     own: list[list[Tensor | None]]
     settle: Callable[[], None]
 
@@ -94,7 +110,7 @@ class _Part:
     def place(self, layout: Layout, space: Callable[[int], Tensor]) -> None:
         """Lay the stage's gradients out in one buffer."""
         tasks = len(layout.tasks)
-        sizes = [tasks * sum(layout.shared[j][1].numel() for j in self.flat)]
+        sizes = [tasks * sum(real_numel(layout.shared[j][1]) for j in self.flat)]
         sizes += [tasks * s.outputs * s.positions for _, _, s in self.sites]
         self.inputs = [s.saved() for _, _, s in self.sites]
         first, *rest = space(sum(sizes)).split(sizes)
@@ -122,6 +138,8 @@ class Sweep:
         self.graph, self.layout, self.losses = graph, layout, losses
         self.trusted, self.space, self.settle, self.whole, self.retain = trusted, space, settle, whole, retain
         self.own: list[list[Tensor | None]] = [[] for _ in losses]
+        self.touched: dict[int, list[Tensor]] = {}  # rows of sparse gradients, by position in `shared`
+        self.dense: set[int] = set()  # positions in `shared` of which any gradient was dense
         position = {id(p): j for j, (_, p) in enumerate(layout.shared)}
         self.biases = {j: position[s.bias] for j, s in sites.items() if s.bias in position}
         hidden = sites.keys() | set(self.biases.values())
@@ -145,7 +163,7 @@ class Sweep:
             if node in self.at:
                 site = self.at[node][2]
                 return tasks * site.outputs * site.positions * itemsize
-            return tasks * self.layout.shared[self.flat[node]][1].numel() * itemsize
+            return tasks * real_numel(self.layout.shared[self.flat[node]][1]) * itemsize
 
         parts = []
         for stage in self.shared.stages(cost, memory):
@@ -174,7 +192,8 @@ class Sweep:
             weights = weigh(gram).to(total)
             for part in self.parts:
                 self._reduce(part, None, total, weights)
-        return Measured(layout, gram, total, self.own, self.settle)
+        sparse = {j: torch.cat(rows).unique() for j, rows in self.touched.items() if j not in self.dense}
+        return Measured(layout, gram, total, sparse, self.own, self.settle)
 
     def fill(self, part: _Part) -> None:
         """Run every task's pass through one stage."""
@@ -296,14 +315,18 @@ class Sweep:
         return after
 
     def _store_rows(self, part: _Part, i: int, grads: Mapping[int, Tensor | None]) -> None:
-        sizes = [self.layout.shared[j][1].numel() for j in part.flat]
+        sizes = [real_numel(self.layout.shared[j][1]) for j in part.flat]
         for j, piece in zip(part.flat, part.rows[i].split(sizes) if sizes else (), strict=True):
             grad = grads.get(j)
             if grad is None:
                 piece.zero_()  # the buffer holds what an earlier stage or graph left there
+                continue
+            if grad.is_sparse and grad.sparse_dim() == 1:
+                self.touched.setdefault(j, []).append(grad._indices()[0])
             else:
-                dense = grad.to_dense() if grad.is_sparse else grad
-                piece.view(dense.shape).copy_(dense)
+                self.dense.add(j)
+            dense = as_real(grad.to_dense() if grad.is_sparse else grad)
+            piece.view(dense.shape).copy_(dense)
 
     def _grad(
         self,

@@ -86,7 +86,7 @@ class Probe:
             _sum(losses).backward()
             found.settle()
         else:
-            add_update(found.layout, found.total, found.own)
+            add_update(found.layout, found.total, found.own, found.sparse)
 
     @property
     def every(self) -> int:

@@ -1,3 +1,4 @@
+import copy
 from collections.abc import Callable
 
 import pytest
@@ -7,8 +8,9 @@ from torch.utils.checkpoint import checkpoint
 
 import oracles
 from reconmtl.errors import LayerMatchError, ProbeError
-from reconmtl.gram import Gradients, grams, reach, reference_grams
+from reconmtl.gram import Gradients, add_update, grams, reach, reference_grams
 from reconmtl.networks import resnet
+from reconmtl.probing import Probe
 
 
 class Partial(nn.Module):
@@ -168,16 +170,68 @@ def test_reference_grams_agree_with_the_oracle() -> None:
     )
 
 
-def test_sparse_gradients_are_measured_like_dense_ones() -> None:
+class Spectrum(nn.Module):
+    """A complex filter and a real weight in one layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.filter = nn.Parameter(torch.randn(4, dtype=torch.cdouble))
+        self.scale = nn.Parameter(torch.randn(7, dtype=torch.double))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = torch.fft.irfft(torch.fft.rfft(x) * self.filter, n=7)
+        return y * self.scale
+
+
+def test_complex_parameters_count_with_real_and_imaginary_part() -> None:
     torch.manual_seed(0)
-    grams_ = []
+    model, x = Spectrum(), torch.randn(5, 7, dtype=torch.double)
+    twin = copy.deepcopy(model)
+
+    def losses(model: nn.Module) -> dict[str, Tensor]:
+        y = model(x)
+        return {"a": y.pow(2).mean(), "b": y.sin().sum(), "c": (y[:, 0] * y[:, 1]).mean()}
+
+    expected = oracles.gram(losses(model), [list(model.parameters())])
+    found = Gradients(model).sweep(losses(model))
+    torch.testing.assert_close(found.gram, expected, rtol=1e-12, atol=0)
+    assert found.layout.width == 4 * 2 + 7
+    torch.testing.assert_close(
+        reference_grams(losses(model), {"(root)": list(model.parameters())}), expected, rtol=1e-12, atol=0
+    )
+    sum(losses(twin).values()).backward()  # type: ignore[union-attr]
+    add_update(found.layout, found.total, found.own)
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        assert p.grad is not None
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_sparse_gradients_are_measured_like_dense_ones_and_stay_sparse(steps: int) -> None:
+    torch.manual_seed(0)
     table = torch.randn(11, 4)
-    for sparse in (False, True):
-        model = nn.Embedding.from_pretrained(table, freeze=False, sparse=sparse)
+    models = [nn.Embedding.from_pretrained(table.clone(), freeze=False, sparse=s) for s in (False, True, True)]
+
+    def losses(model: nn.Module) -> dict[str, Tensor]:
         out = model(torch.tensor([1, 3, 3, 7]))
-        layout, rows, _ = Gradients(model).measure({"a": out[:3].pow(2).sum(), "b": (out[1:] * 2).sum()})
-        grams_.append(grams(layout, rows))
-    assert torch.equal(*grams_)
+        return {"a": out[:3].pow(2).sum(), "b": (out[1:] * 2).sum()}
+
+    found = []
+    for _ in range(steps):
+        for model in models[:2]:
+            found.append(Gradients(model).sweep(losses(model)))
+            add_update(found[-1].layout, found[-1].total, found[-1].own, found[-1].sparse)
+        sum(losses(models[2]).values()).backward()  # type: ignore[union-attr]
+    assert torch.equal(found[0].gram, found[1].gram)
+    dense, ours, plain = (m.weight.grad for m in models)
+    assert dense is not None
+    assert ours is not None
+    assert plain is not None
+    assert not dense.is_sparse
+    assert ours.is_sparse
+    torch.testing.assert_close(ours.to_dense(), plain.to_dense())
+    assert ours.coalesce().indices().tolist() == plain.coalesce().indices().tolist() == [[1, 3, 7]]
+    torch.optim.SparseAdam(models[1].parameters()).step()  # takes nothing but sparse gradients
 
 
 def test_losses_that_cannot_be_differentiated_are_all_named() -> None:
@@ -227,3 +281,52 @@ def test_compiled_regions_need_the_shared_layers_named() -> None:
     torch.testing.assert_close(grams(layout, rows)[at[0]], grams(plain_layout, plain_rows)[at[1]], rtol=1e-5, atol=1e-7)
     with pytest.raises(LayerMatchError, match="Nearest: 'trunk'"):
         Gradients(model, shared=["trunc"])
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_a_compiled_region_that_serves_every_task_hides_nothing(backend: str) -> None:
+    torch.manual_seed(0)
+    model = Necked()
+    plain = copy.deepcopy(model)
+    model.trunk = torch.compile(model.trunk, backend=backend)  # type: ignore[assignment]
+    x = torch.randn(9, 5)
+    probe = Probe(model, engine="delta")
+    for _ in range(2):
+        assert probe.check(model.losses(x)) < 5e-6
+        probe.backward(model.losses(x))
+        sum(plain.losses(x).values()).backward()  # type: ignore[union-attr]
+    assert probe.log.layers == ("trunk.0", "trunk.2", "neck")
+    for name in ("trunk.0", "trunk.2"):
+        assert probe.engines[name].startswith("flat" if backend == "aot_eager" else "delta")
+    assert probe.engines["neck"] == "delta"
+    for p, q in zip(model.parameters(), plain.parameters(), strict=True):
+        assert p.grad is not None
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-5, atol=1e-7)
+
+
+class Necked(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk: nn.Module = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 6))
+        self.neck = nn.Linear(6, 4)
+
+    def losses(self, x: Tensor) -> dict[str, Tensor]:
+        y = self.neck(torch.tanh(self.trunk(x)))
+        return {"a": y.pow(2).mean(), "b": y.sin().sum(), "c": (y[:, 0] * y[:, 1]).mean()}
+
+
+def test_a_compiled_model_is_probed_under_its_own_names() -> None:
+    torch.manual_seed(0)
+    model = Partial()
+    compiled = torch.compile(model, backend="eager")
+    probe = Probe(compiled)  # type: ignore[arg-type]
+    probe.backward(_losses(compiled, torch.randn(9, 5)))  # type: ignore[arg-type]
+    assert probe.log.layers == ("(root)", "trunk", "middle")
+
+
+def test_parameters_on_several_devices_are_named() -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    gradients = Gradients(model)
+    gradients._parameters["1.weight"] = nn.Parameter(torch.empty(3, 3, device="meta"))
+    with pytest.raises(ProbeError, match=r"'1.weight' on meta, '0.weight' on cpu"):
+        gradients._build(("a", "b"), {"0.weight": 3, "1.weight": 3})
