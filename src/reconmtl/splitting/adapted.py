@@ -12,6 +12,8 @@ from reconmtl.errors import SplitError
 from reconmtl.layers import TaskCopies
 from reconmtl.splitting.branched import Branched, collect
 from reconmtl.splitting.calls import FAST_PATHS, call, prepare, run_faces, whole
+from reconmtl.splitting.compiling import REACHED, UNCOMPILED, check_graph_may_break, is_compiler_error
+from reconmtl.splitting.conversions import CONVERT, check_asker, check_not_traced, refused_methods
 from reconmtl.splitting.faces import Face
 from reconmtl.splitting.groups import Family, Masks, MissingTaskError, complete, refine
 from reconmtl.splitting.mapping import SharedWriteError
@@ -59,6 +61,7 @@ class Adapted(nn.Module):
 
     def __call__(self, *args: Value, **kwargs: Value) -> Value:
         """As the user's module, on values that may differ between tasks."""
+        check_not_traced()
         return call(self, cast(Record, self.__dict__[RECORD]), super().__call__, args, kwargs)
 
     def _plain_call(self, *args: Value, **kwargs: Value) -> Value:
@@ -79,6 +82,28 @@ class Adapted(nn.Module):
             if name in rec.held:
                 rec.held.discard(name)
         super().__setattr__(name, value)
+
+    @property
+    def parametrizations(self) -> Value:
+        """The parametrisations that it was split with; asked for where more would be registered, which is refused."""
+        found = self._modules.get("parametrizations")
+        if found is None:
+            check_asker(cast(Record, record(self)).name)
+            raise AttributeError("parametrizations")
+        return found
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """As of any module, for tensors that all tasks share.
+
+        Raises:
+            SplitError: For one that differs between tasks.
+        """
+        if isinstance(param, Branched):
+            raise SplitError(
+                f"{cast(Record, record(self)).name}.{name} cannot become one parameter of values that differ between "
+                f"tasks; assign to the copies in `{COPIES}` of a split layer. {CONVERT}"
+            )
+        super().register_parameter(name, param)
 
     def __reduce_ex__(self, protocol: Any) -> Value:  # noqa: ANN401 as in object
         reduced = super().__reduce_ex__(protocol)
@@ -118,17 +143,41 @@ class Adapted(nn.Module):
 class AdaptedRoot(Adapted):
     """Mixed into the class of a split model."""
 
+    def __init_subclass__(cls, **options: Value) -> None:
+        """Replace methods of other libraries that a split model cannot have."""
+        super().__init_subclass__(**options)
+        for name, refusal in refused_methods(cls).items():
+            setattr(cls, name, refusal)
+
+    def _get_name(self) -> str:
+        """The first thing that torch.fx asks for when it traces a model; it passes by `__call__`."""
+        check_not_traced()
+        return type(self).__name__
+
     def __call__(self, *args: Value, **kwargs: Value) -> Value:
         """As the user's model; returns {task: output}."""
         rec = cast(Record, self.__dict__[RECORD])
         enter = call_root
+        check_not_traced()
         if torch.compiler.is_exporting() and rec.root is not None and not rec.root.learned:
             raise SplitError(
                 "A split model has to run once before it is exported: give `split(..., sample=batch)`, or call it."
             )
         if torch.compiler.is_compiling():  # branched values cannot be traced; a split model runs as it is
+            check_graph_may_break()
             enter = torch.compiler.disable(call_root)
         return enter(self, rec, self._plain_call, args, kwargs)
+
+    def compile(self, *args: Value, **kwargs: Value) -> None:
+        """As `torch.compile(model)`: the model runs as it is.
+
+        Raises:
+            SplitError: With fullgraph=True.
+        """
+        if cast(Value, super().compile).__func__ is not nn.Module.compile:  # the user's own method of that name
+            super().compile(*args, **kwargs)
+        elif kwargs.get("fullgraph"):
+            raise SplitError(UNCOMPILED)
 
     def get_extra_state(self) -> Value:
         """The plan, as JSON in a byte tensor, so that a checkpoint can be loaded without the plan at hand."""
@@ -292,6 +341,10 @@ def call_root(module: nn.Module, rec: Record, plain: Value, args: tuple[Value, .
     except SplitError as error:
         kind = SplitError if isinstance(error, SharedWriteError) else type(error)
         raise kind(located(module, error)).with_traceback(error.__traceback__) from None
+    except RuntimeError as error:
+        if is_compiler_error(error):
+            raise SplitError(located(module, SplitError(REACHED).with_traceback(error.__traceback__))) from error
+        raise
 
 
 _ONE_AT_A_TIME = threading.RLock()

@@ -56,6 +56,7 @@ class Face:
     def _one(self, module: nn.Module) -> nn.Module:
         rec = record(module)
         d = dict(module.__dict__)
+        d.pop("_compiled_call_impl", None)  # compiled for the module itself, not for a face
         if rec is None:
             base = type(module)
         else:

@@ -33,6 +33,11 @@ def check_model(model: object, plan: object) -> None:
         shown = name or ROOT
         if is_sharded(module):
             raise SplitError(f"{shown} is sharded (FSDP): split first, then shard.")
+        if type(module).__name__ == "OptimizedModule":
+            raise SplitError(
+                f"{shown} is wrapped by torch.compile: split first, then compile what comes before the first split "
+                "layer, or torch.compile(rm.view(model, task))."
+            )
         if RECORD in module.__dict__:
             raise SplitError(
                 f"{shown} is part of a split model already. Split the original model with the refined plan: "

@@ -8,7 +8,6 @@ work which autograd repeats later (checkpointing) cannot pick up another group's
 
 import copy
 import functools
-import sys
 import types
 import weakref
 from collections.abc import Iterable, Sequence
@@ -22,17 +21,21 @@ from torch import Tensor, nn
 from reconmtl.errors import SplitError
 from reconmtl.layers import TaskCopies
 from reconmtl.splitting.branched import Branched, make, pick
+from reconmtl.splitting.conversions import CONVERT, check_asker
 from reconmtl.splitting.groups import Family, Masks, complete, locate, refine
 from reconmtl.splitting.structure import Value, children
 
 COPIES = "per_task"
-CONVERT = "Convert the model first (nn.SyncBatchNorm.convert_sync_batchnorm, quantisation), then split it."
 RECORD = "_reconmtl"
 MANAGED = frozenset(("_parameters", "_buffers", "_modules", "_flat_weights", "_flat_weight_refs"))
 
 
 class GroupTensors(nn.Module):
     """The tensors of one layer that belong to one group of tasks."""
+
+    def __getattr__(self, name: str) -> Any:  # noqa: ANN401 as of any module
+        check_asker(f"a copy ({COPIES}.<task>)")
+        return super().__getattr__(name)
 
 
 class Copies(TaskCopies):
@@ -142,9 +145,7 @@ def adapted_class(mixin: type, base: type, names: tuple[str, ...]) -> type:
 
 
 def _read_property(name: str, module: nn.Module) -> Value:
-    if sys._getframe(1).f_code.co_name == "convert_sync_batchnorm":  # would end in a TypeError that explains nothing
-        rec = cast(Record, record(module))
-        raise SplitError(f"A conversion of modules reached {rec.name}, which has one copy per task. {CONVERT}")
+    check_asker(cast(Record, record(module)).name)
     return read(module, name)
 
 
