@@ -432,7 +432,7 @@ def learn(module: nn.Module, args: tuple[Value, ...], kwargs: dict[str, Value]) 
     root.learned = True
     if not params:
         return seen
-    masks = module_masks(module, params)
+    masks = module_masks(module, seen)
     faults = []
     for m in module.modules():
         r = record(m)
@@ -457,7 +457,7 @@ def learn(module: nn.Module, args: tuple[Value, ...], kwargs: dict[str, Value]) 
         root.learned = False
         raise SplitError("The plan names layers that cannot be split so: " + " ".join(faults))
     if root.mode == "branch":
-        _own(module, "", family.full, masks, family)
+        _own(module, "", family.full, masks, family, seen.called)
     return seen
 
 
@@ -477,16 +477,20 @@ def _idle(rec: Record, mine: int) -> str:
     )
 
 
-def _own(module: nn.Module, name: str, above: int, masks: dict[str, int], family: Family) -> None:
-    """Note the owner of each module whose tasks are fewer than its parent's."""
+def _own(
+    module: nn.Module, name: str, above: int, masks: dict[str, int], family: Family, called: dict[str, int]
+) -> None:
+    """Note the owner of each called module whose tasks are fewer than those of the called one around it."""
     for key, child in module._modules.items():
         if child is None or isinstance(child, (TaskCopies, torch.jit.ScriptModule)):
             continue
         path = f"{name}.{key}" if name else key
         mask = masks.get(path, 0) or above
-        if mask != above:
+        if path not in called:
+            mask = above
+        elif mask != above:
             adapt(child, family, path, owner=mask)
-        _own(child, path, mask, masks, family)
+        _own(child, path, mask, masks, family, called)
 
 
 def forget(module: nn.Module) -> None:

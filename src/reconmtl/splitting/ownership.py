@@ -1,8 +1,9 @@
 """Which tasks a module can reach, found by one recorded call: the graph from each task's output to parameters."""
 
 import copy
+import functools
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -67,11 +68,14 @@ class Recorded:
         params: {id(parameter): mask of the tasks whose outputs it reaches}; empty if no output has a gradient.
         output: What that network returned, without graph.
         random: Whether it drew random numbers, so that another call returns something else.
+        called: {name: tasks reached by what it returned} of the modules that were called; a list of modules never is,
+            its items are.
     """
 
     params: dict[int, int]
     output: Value
     random: bool
+    called: dict[str, int]
 
 
 def _random_state() -> list[Value]:
@@ -100,12 +104,31 @@ def recorded(model: nn.Module, family: Family, args: Sequence[Value], kwargs: di
             for p in frozen:
                 p.requires_grad_(True)
             before = _random_state()
+            called = _note_calls(twin)
             out = twin(*args, **kwargs)
-            params = reached(_by_task(out, family), twin)
-            return Recorded(params, transform(out, Tensor.detach), before != _random_state())
+            params, masks = reached(_by_task(out, family), twin)
+            returned = {name: _union(masks.get(node, 0) for node in nodes) for name, nodes in called.items()}
+            return Recorded(params, transform(out, Tensor.detach), before != _random_state(), returned)
         finally:
             for p in frozen:
                 p.requires_grad_(False)
+
+
+def _note_calls(twin: nn.Module) -> dict[str, list[object]]:
+    """{name: graph nodes of what it returned} of each module that will be called; the hooks go with their copy."""
+    called: dict[str, list[object]] = {}
+
+    def note(name: str, out: Value) -> None:
+        called.setdefault(name, []).extend(t.grad_fn for t in tensors(out) if t.grad_fn is not None)
+
+    for name, module in twin.named_modules(remove_duplicate=False):
+        if not isinstance(module, torch.jit.ScriptModule):
+            module.register_forward_hook(lambda _module, _args, out, name=name: note(name, out))
+    return called
+
+
+def _union(masks: Iterable[int]) -> int:
+    return functools.reduce(int.__or__, masks, 0)
 
 
 def _by_task(out: Value, family: Family) -> list[tuple[Value, int]]:
@@ -115,8 +138,12 @@ def _by_task(out: Value, family: Family) -> list[tuple[Value, int]]:
     return [(get_task(out, n), index.get(n, family.full)) for n in task_keys(out)]
 
 
-def reached(outputs: Sequence[tuple[Value, int]], model: nn.Module) -> dict[int, int]:
-    """Propagate task masks from outputs to parameters through the autograd graph, each node once."""
+def reached(outputs: Sequence[tuple[Value, int]], model: nn.Module) -> tuple[dict[int, int], dict[object, int]]:
+    """Propagate task masks from outputs to parameters through the autograd graph, each node once.
+
+    Returns:
+        {id(parameter): mask}, and {node of the graph: mask}.
+    """
     masks: dict[object, int] = {}
     params: dict[int, int] = {}
     known = {id(p) for p in model.parameters()}
@@ -136,7 +163,7 @@ def reached(outputs: Sequence[tuple[Value, int]], model: nn.Module) -> dict[int,
         for below, _ in node.next_functions:
             if below is not None:
                 masks[below] = masks.get(below, 0) | mask
-    return params
+    return params, masks
 
 
 def _postorder(roots: Sequence[Value]) -> list[Value]:
@@ -155,9 +182,20 @@ def _postorder(roots: Sequence[Value]) -> list[Value]:
     return order
 
 
-def module_masks(model: nn.Module, params: dict[int, int]) -> dict[str, int]:
-    """{module name: mask of the tasks that parameters at or below it reach}."""
-    masks: dict[str, int] = {}
+def module_masks(model: nn.Module, seen: Recorded) -> dict[str, int]:
+    """{module name: mask of the tasks that it reaches}.
+
+    That is what the parameters at or below it reach; of a module without any that keeps buffers, as a normalisation
+    without weight and bias does, what it returned.
+    """
+    params, masks = (
+        seen.params,
+        {
+            name: seen.called.get(name, 0)
+            for name, m in model.named_modules(remove_duplicate=False)
+            if m._buffers and next(m.parameters(), None) is None
+        },
+    )
     for name, module in reversed(list(model.named_modules(remove_duplicate=False))):
         for p in module.parameters(recurse=False):
             masks[name] = masks.get(name, 0) | params.get(id(p), 0)
