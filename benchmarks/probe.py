@@ -218,7 +218,7 @@ class Steps:
                 rows = p.jac.flatten(1)  # type: ignore[attr-defined]
                 gram += rows @ rows.T
                 p.grad = p.jac.sum(0)  # type: ignore[attr-defined]
-                p.jac = None  # type: ignore[attr-defined]
+                del p.jac  # type: ignore[attr-defined]
 
 
 def rows_of(workload: str) -> list[str]:

@@ -238,7 +238,7 @@ class Gradients:
                     found = find_site(graph, parameter, own)
                     reason = found if isinstance(found, str) else None
                     if isinstance(found, Site):
-                        floats = site_floats(found.shape, tasks) + tasks * found.outputs * found.positions
+                        floats = site_floats(found.shape, tasks)
                         if parameter.dtype != layout.dtype:
                             reason = f"its weight is {parameter.dtype}"
                         elif not self._trusted.get((name, tasks), True):

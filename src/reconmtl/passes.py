@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node
 
-from reconmtl.engines import Site, full_precision, product, rounds_to_tf32, site_gram
+from reconmtl.engines import Site, full_precision, rounds_to_tf32, site_gram
 from reconmtl.graph import Graph, Shared, Stage, many
 
 AGREE = {torch.float32: 2.5e-6, torch.float64: 1e-10}
@@ -111,11 +111,13 @@ class _Part:
         """Lay the stage's gradients out in one buffer."""
         tasks = len(layout.tasks)
         sizes = [tasks * sum(real_numel(layout.shared[j][1]) for j in self.flat)]
-        sizes += [tasks * s.outputs * s.positions for _, _, s in self.sites]
+        sizes += [tasks * s.shape.outputs * s.shape.positions for _, _, s in self.sites]
         self.inputs = [s.saved() for _, _, s in self.sites]
         first, *rest = space(sum(sizes)).split(sizes)
         self.rows = first.view(tasks, -1) if sizes[0] else first.new_empty(tasks, 0)
-        self.grads = [r.view(tasks, s.outputs, s.positions) for r, (_, _, s) in zip(rest, self.sites, strict=True)]
+        self.grads = [
+            r.view(tasks, s.shape.outputs, s.shape.positions) for r, (_, _, s) in zip(rest, self.sites, strict=True)
+        ]
 
 
 class Sweep:
@@ -162,7 +164,7 @@ class Sweep:
         def cost(node: Node) -> int:
             if node in self.at:
                 site = self.at[node][2]
-                return tasks * site.outputs * site.positions * itemsize
+                return tasks * site.shape.outputs * site.shape.positions * itemsize
             return tasks * real_numel(self.layout.shared[self.flat[node]][1]) * itemsize
 
         parts = []
@@ -177,9 +179,11 @@ class Sweep:
         if weigh is not None:
             self.parts = self._cut(float("inf"))
         gram = torch.zeros((len(layout.segments), n, n), dtype=layout.dtype, device=layout.device)
-        total = torch.zeros(layout.width, dtype=layout.dtype, device=layout.device)
+        total = torch.empty(layout.width, dtype=layout.dtype, device=layout.device)
+        taken: set[int] = set()
         for part in self.parts:
             self.fill(part)
+            taken |= {*part.flat, *(j for site in part.sites for j in site[:2] if j is not None)}
             self._reduce(part, gram, total if weigh is None else None, None)
             if weigh is None:
                 part.inputs.clear()
@@ -192,6 +196,7 @@ class Sweep:
             weights = weigh(gram).to(total)
             for part in self.parts:
                 self._reduce(part, None, total, weights)
+        assert len(taken) == len(layout.shared)  # else parts of `total` would be whatever memory holds
         sparse = {j: torch.cat(rows).unique() for j, rows in self.touched.items() if j not in self.dense}
         return Measured(layout, gram, total, sparse, self.own, self.settle)
 
@@ -230,17 +235,17 @@ class Sweep:
     def _agrees(self, part: _Part, d: int, explicit: dict[int, list[Tensor]]) -> bool:
         """Compare two tasks' explicit gradients at a site with what `delta` makes of them; keep the answer."""
         j, bias, site = part.sites[d]
-        unfolded, grads = site.unfolded(part.inputs[d]), part.grads[d][list(explicit)]
-        measured = site_gram(unfolded, grads, bias=bias is not None)
+        saved, grads = part.inputs[d], part.grads[d][list(explicit)]
         first = next(iter(explicit.values()))[0].flatten()
         with full_precision(first.device):
+            measured = site_gram(site.input_gram(saved), grads, bias=bias is not None)
             expected = torch.stack(
                 [
                     torch.stack([_inner(a, b) for b in explicit.values()])  # no copies: these are large
                     for a in explicit.values()
                 ]
             )
-            update = product(grads[0], unfolded).flatten()
+            update = site.weight_gradient(saved, grads[0]).flatten()
         norms = expected.diagonal().sqrt()
         bar = AGREE[self.layout.dtype]
         if first.is_cuda and rounds_to_tf32():
@@ -359,12 +364,11 @@ class Sweep:
                     else:
                         torch.mv(rows.T, weights, out=total[place])
             for (j, bias, site), saved, grads in zip(part.sites, part.inputs, part.grads, strict=True):
-                unfolded = site.unfolded(saved)
                 if gram is not None:
-                    gram[layout.owner[j]] += site_gram(unfolded, grads, bias=bias is not None)
+                    gram[layout.owner[j]] += site_gram(site.input_gram(saved), grads, bias=bias is not None)
                 if total is not None:
                     summed = grads.sum(0) if weights is None else torch.tensordot(weights, grads, 1)
-                    total[layout.at(j)].view(site.outputs, site.fan_in).copy_(product(summed, unfolded))
+                    total[layout.at(j)].view(len(summed), -1).copy_(site.weight_gradient(saved, summed))
                     if bias is not None:
                         total[layout.at(bias)] = summed.sum(1)
 

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 import reconmtl as rm
 from reconmtl.conflicts import cosines_from_grams
-from reconmtl.engines import pays
+from reconmtl.engines import Shape, pays
 from reconmtl.gram import Gradients, add_update, grams, reference_grams
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
@@ -323,13 +323,35 @@ def test_the_update_follows_any_weights_of_the_grams() -> None:
         torch.testing.assert_close(seen[0], grams(layout, rows), rtol=1e-9, atol=1e-14)
 
 
+@pytest.mark.parametrize("by_pixels", [True, False])
+@pytest.mark.parametrize("name", ["convolutions", "signals", "residual"])
+def test_windows_and_pixels_give_the_same_inner_products(
+    name: str, by_pixels: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Shape] = []
+
+    def choose(shape: Shape) -> bool:
+        seen.append(shape)
+        return by_pixels and shape.taps > 1
+
+    monkeypatch.setattr(Shape, "by_pixels", property(choose))
+    model, x = _make(name, torch.float64)
+    gradients = Gradients(model, engine="delta")
+    found = gradients.sweep(_losses(model, x))
+    layout, rows, _ = Gradients(model, engine="flat").measure(_losses(model, x))
+    assert any(s.taps > 1 for s in seen)
+    assert "differed" not in str(gradients.engines)
+    torch.testing.assert_close(found.gram, grams(layout, rows), rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(found.total, rows.sum(0), rtol=1e-9, atol=1e-12)
+
+
 def test_a_layer_whose_delta_differs_falls_back_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = _make("signals", torch.float64)
     found = Gradients(model, engine="flat").sweep(_losses(model, x))
     from reconmtl.engines import Site
 
-    unfolded = Site.unfolded
-    monkeypatch.setattr(Site, "unfolded", lambda s, x: unfolded(s, x) * (1.001 if s.outputs == 6 else 1.0))
+    exact = Site.input_gram
+    monkeypatch.setattr(Site, "input_gram", lambda s, x: exact(s, x) * (1.001 if s.shape.outputs == 6 else 1.0))
     gradients = Gradients(model, engine="delta")
     for _ in range(2):
         again = gradients.sweep(_losses(model, x))
@@ -361,10 +383,10 @@ def test_tensor_hooks_on_activations_see_both_engines_alike() -> None:
 
 
 def test_auto_takes_delta_only_where_it_pays() -> None:
-    assert pays((64, 1024, 1024), 8)
-    assert pays((128, 4608, 512), 2)
-    assert not pays((82944, 576, 64), 8)
-    assert not pays((2048, 256, 256), 8)
+    assert pays(Shape(64, 1024, 1024), 8)
+    assert pays(Shape(128, 4608, 512, 128, 9), 2)
+    assert not pays(Shape(82944, 576, 64, 82944, 9), 8)
+    assert not pays(Shape(2048, 256, 256), 8)
     torch.manual_seed(0)
     model = Net(nn.Sequential(nn.Linear(200, 300), nn.Tanh(), nn.Linear(300, 2)), 2)
     gradients = Gradients(model, engine="auto")
