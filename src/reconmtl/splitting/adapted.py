@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from reconmtl.errors import SplitError
 from reconmtl.layers import TaskCopies
-from reconmtl.splitting.branched import Branched, collect
+from reconmtl.splitting.branched import WAYS_OUT, Branched, collect
 from reconmtl.splitting.calls import FAST_PATHS, call, prepare, run_faces, whole
 from reconmtl.splitting.compiling import REACHED, UNCOMPILED, check_graph_may_break, is_compiler_error
 from reconmtl.splitting.conversions import CONVERT, check_asker, check_not_traced, refused_methods
@@ -19,6 +19,7 @@ from reconmtl.splitting.groups import Family, Masks, MissingTaskError, complete,
 from reconmtl.splitting.mapping import SharedWriteError
 from reconmtl.splitting.outputs import assemble, deliver, get_task, is_keyed, select
 from reconmtl.splitting.ownership import Inputs, Recorded, Snapshot, module_masks, recorded
+from reconmtl.splitting.stale import revive
 from reconmtl.splitting.storage import (
     COPIES,
     RECORD,
@@ -32,10 +33,11 @@ from reconmtl.splitting.storage import (
     set_class,
     write,
 )
-from reconmtl.splitting.structure import Value
+from reconmtl.splitting.structure import Value, tensors
 from reconmtl.splitting.tolerances import same_outputs
 
 EXTRA = "_extra_state"
+DATA = f"`x.data = y` with values y that differ between tasks, which PyTorch shows to nobody. {WAYS_OUT}"
 
 
 def adapt(module: nn.Module, family: Family, name: str, **fields: Value) -> Record:
@@ -74,6 +76,7 @@ class Adapted(nn.Module):
                 write(self, name, value)
                 return
             if type(value) is Branched and name in self._buffers:
+                revive(cast(Tensor, self._buffers[name]))
                 groups = complete(value.masks, rec.family.full)
                 refine_buffers(self, groups)
                 rec.stats = "always"
@@ -325,8 +328,12 @@ def call_root(module: nn.Module, rec: Record, plain: Value, args: tuple[Value, .
             masks = rec.family.each()
             prepare(module, masks)
             return run_faces(module, rec, masks, args, kwargs, join=lambda each: assemble(each, rec.family))
-        out = whole(module, rec, plain, args, kwargs, []) if rec.atomic else plain(*args, **kwargs)
-        return deliver(out, rec.family)
+        try:
+            out = whole(module, rec, plain, args, kwargs, []) if rec.atomic else plain(*args, **kwargs)
+            return deliver(out, rec.family)
+        finally:
+            for t in tensors((args, kwargs)):  # the user's own, which keep their values
+                revive(t)
 
     try:
         if root.settled:
@@ -339,11 +346,14 @@ def call_root(module: nn.Module, rec: Record, plain: Value, args: tuple[Value, .
         forget(module)
         raise
     except SplitError as error:
+        if isinstance(error, SharedWriteError) and error.target is not None:
+            revive(error.target)
         kind = SplitError if isinstance(error, SharedWriteError) else type(error)
         raise kind(located(module, error)).with_traceback(error.__traceback__) from None
     except RuntimeError as error:
-        if is_compiler_error(error):
-            raise SplitError(located(module, SplitError(REACHED).with_traceback(error.__traceback__))) from error
+        text = REACHED if is_compiler_error(error) else DATA if "set_data" in str(error) else ""
+        if text:
+            raise SplitError(located(module, SplitError(text).with_traceback(error.__traceback__))) from error
         raise
 
 

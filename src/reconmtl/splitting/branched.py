@@ -27,6 +27,10 @@ WAYS_OUT = (
 )
 
 
+_NOWHERE = torch.device("meta")
+"""The device of wrappers, as C++ sees it: of another kind than any value's, so that `x.data = wrapper` fails."""
+
+
 class Branched(Tensor):
     """One tensor per group of tasks; made by `make`."""
 
@@ -98,7 +102,7 @@ def make(family: Family, masks: Masks, vals: Sequence[Tensor]) -> Branched:
         if x.requires_grad:
             needs = True
             break
-    out = Tensor._make_wrapper_subclass(Branched, shape, dtype=v.dtype, device=v.device, requires_grad=needs)
+    out = Tensor._make_wrapper_subclass(Branched, shape, dtype=v.dtype, device=_NOWHERE, requires_grad=needs)
     out.family, out.masks, out.vals = family, masks, tuple(vals)
     return out
 

@@ -20,6 +20,7 @@ from reconmtl.splitting.branched import (
 )
 from reconmtl.splitting.functions import METADATA, getters, name_of, targets, writes
 from reconmtl.splitting.groups import Masks, refine
+from reconmtl.splitting.stale import retire, shares_memory
 from reconmtl.splitting.structure import Value
 
 _C = torch._C
@@ -31,6 +32,8 @@ class SharedWriteError(SplitError, TypeError):
     A TypeError, because that is how CPython learns that `shared += branched` has no in-place form: it then computes
     `shared = shared + branched`, which is what the user means. An explicit `shared.add_(branched)` shows the message.
     """
+
+    target: Tensor | None = None
 
 
 def run(func: Callable[..., Value], args: Sequence[Value], kwargs: dict[str, Value]) -> Value:
@@ -84,9 +87,9 @@ def _write(
     name = name_of(func)
     for t in changed:
         if type(t) is not Branched:
-            raise _shared_write(name, found[0])
+            raise _refused(name, t, found[0], args)
         if t.masks != masks:  # one branch of the target would have to take different values, or values are missing
-            raise _shared_write(name, t)
+            raise _refused(name, t, t, args)
         if len(masks) > 1:
             _check_memory(name, t)
     setter = getattr(func, "__name__", "") == "__set__"
@@ -103,6 +106,18 @@ def _write(
         if all(r is v for r, v in zip(results, t.vals, strict=True)):
             return t
     return combine(results, masks, found[0].family, func)
+
+
+def _refused(name: str, target: Value, value: Branched, args: Sequence[Value]) -> SplitError:
+    """The error for a write into a shared tensor, which others must not go on using if Python makes it `x = x + y`."""
+    error = _shared_write(name, value)
+    if len(args) != 2 or args[0] is not target or type(target) not in (Tensor, Branched):
+        return error
+    if any(shares_memory(v) for v in (target.vals if type(target) is Branched else (target,))):
+        return SplitError(f"{error} (Its memory is in use elsewhere too: through a view, or for the backward.)")
+    retire(target, args[1])
+    error.target = target
+    return error
 
 
 def _shared_write(name: str, value: Branched) -> SharedWriteError:
