@@ -48,6 +48,20 @@ class RunError(ReconError, ValueError):
     """A run folder that exists, is damaged, or does not fit the request."""
 
 
+class MissingExtraError(ReconError, ImportError):
+    """An optional dependency that is not installed; the message has the line that installs it."""
+
+
+def missing_extra(what: str, extra: str) -> MissingExtraError:
+    """The error for something that needs one of the package's extras.
+
+    Args:
+        what: What was asked for, e.g. "The metrics of dense tasks".
+        extra: The extra's name in pyproject.toml.
+    """
+    return MissingExtraError(f'{what}: this takes optional packages. Install them: pip install "reconmtl[{extra}]"')
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """Say what exists instead of `name`: the nearest names first, else all of them; ends with a full stop."""
     names = list(known)
