@@ -12,11 +12,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from reconmtl.buffers import buffers_once
 from reconmtl.engines import Site, find_site, full_precision, pays, site_floats
 from reconmtl.errors import ProbeError
 from reconmtl.graph import Graph, check_losses, many, reach
 from reconmtl.layers import ROOT, find_layers, match_layers
-from reconmtl.passes import Layout, Measured, Segment, Sweep, as_real, buffers_once, real_numel
+from reconmtl.passes import Layout, Measured, Segment, Sweep, mark_absent, real_numel
 
 __all__ = [
     "Gradients",
@@ -27,7 +28,6 @@ __all__ = [
     "check_losses",
     "grams",
     "reach",
-    "reference_grams",
 ]
 
 MEMORY = 96 * 2**20
@@ -72,7 +72,7 @@ class Gradients:
         # `torch.compile` wraps modules: a plan made from the log is to name the layers of the uncompiled network.
         self.layers = [replace(layer, name=_uncompiled(layer.name)) for layer in find_layers(model)]
         self.forced = None if shared is None else set(match_layers(shared, [layer.name for layer in self.layers]))
-        self._parameters = dict(model.named_parameters())
+        self.parameters = dict(model.named_parameters())
         self._layouts: dict[tuple[object, ...], Layout] = {}
         self._buffer: Tensor | None = None
         self._trusted: dict[tuple[str, int], bool] = {}  # (weight, tasks) -> whether `delta` agreed with `flat`
@@ -85,19 +85,27 @@ class Gradients:
         check_losses(losses)
         graph = Graph(list(losses.values()), opaque=self.forced is not None)
         everyone = (1 << len(losses)) - 1
-        found: list[tuple[str, int]] = []
+        masks: dict[str, int] = {}
         for layer in self.layers:
             for name in layer.parameters:
-                parameter = self._parameters[name]
-                mask = graph.mask(parameter)
+                parameter = self.parameters[name]
+                masks[name] = graph.mask(parameter)
                 if self.forced is not None and layer.name in self.forced and parameter.requires_grad:
-                    mask = everyone
-                if mask:
-                    found.append((name, mask))
-        key = (tuple(losses), tuple(found))
+                    masks[name] = everyone
+        return graph, self.layout_of(tuple(losses), masks)
+
+    def layout_of(self, tasks: Sequence[str], masks: Mapping[str, int]) -> Layout:
+        """Lay out what is shared.
+
+        Args:
+            tasks: Their names.
+            masks: Parameter name -> bit mask of the positions of the tasks that reach it; cached for equal ones.
+        """
+        found = {n: masks[n] for layer in self.layers for n in layer.parameters if masks.get(n)}
+        key = (tuple(tasks), tuple(found.items()))
         if key not in self._layouts:
-            self._layouts[key] = self._build(tuple(losses), dict(found))
-        return graph, self._layouts[key]
+            self._layouts[key] = self._build(tuple(tasks), found)
+        return self._layouts[key]
 
     def _build(self, tasks: tuple[str, ...], masks: Mapping[str, int]) -> Layout:
         segments: list[Segment] = []
@@ -111,10 +119,10 @@ class Gradients:
                 continue
             start = position
             for n in names:
-                shared.append((n, self._parameters[n]))
+                shared.append((n, self.parameters[n]))
                 starts.append(position)
                 owner.append(len(segments))
-                position += real_numel(self._parameters[n])
+                position += real_numel(self.parameters[n])
             union = 0
             for n in names:
                 union |= masks[n]
@@ -141,7 +149,7 @@ class Gradients:
                 frozenset(j for j, (n, _) in enumerate(shared) if masks[n] >> i & 1) for i in range(len(tasks))
             ),
             exclusive=tuple(
-                tuple(self._parameters[n] for n, m in masks.items() if m == 1 << i) for i in range(len(tasks))
+                tuple(self.parameters[n] for n, m in masks.items() if m == 1 << i) for i in range(len(tasks))
             ),
             dtype=dtype,
             device=every[0].device if every else torch.device("cpu"),
@@ -174,22 +182,31 @@ class Gradients:
     def measure(
         self, losses: Mapping[str, Tensor], *, retain_graph: bool = False
     ) -> tuple[Layout, Tensor, list[list[Tensor | None]]]:
-        """Take every task's gradient explicitly, whatever the engine and the memory bound.
+        """Take every task's gradient explicitly, see `explicit`.
+
+        Returns:
+            The layout; the shared gradients [tasks, parameters], a buffer that the next call overwrites; and per task
+            the gradients of the parameters that it alone reaches.
+        """
+        found, rows = self.explicit(losses, retain_graph=retain_graph)
+        return found.layout, rows, found.own
+
+    def explicit(self, losses: Mapping[str, Tensor], *, retain_graph: bool = False) -> tuple[Measured, Tensor]:
+        """Measure every shared layer with every task's gradient at the weights, whatever the engine and the memory.
 
         Args:
             losses: Scalar loss per task, all from one forward pass.
             retain_graph: Keep the graph for a further backward pass.
 
         Returns:
-            The layout; the shared gradients [tasks, parameters], a buffer that the next call overwrites; and per task
-            the gradients of the parameters that it alone reaches.
+            Grams and update, and the shared gradients [tasks, parameters], a buffer that the next call overwrites.
         """
         graph, layout = self._read(losses)
         self._refuse_hooks(layout)
         sweep = self._make(graph, layout, losses, {}, retain_graph, float("inf"))
+        found = sweep.run(None)
         (part,) = sweep.parts
-        sweep.fill(part)
-        return layout, part.rows, sweep.own
+        return found, part.rows
 
     def _make(
         self,
@@ -282,10 +299,7 @@ def grams(layout: Layout, rows: Tensor) -> Tensor:
         for k, segment in enumerate(layout.segments):
             part = rows[:, segment.start : segment.stop]
             torch.mm(part, part.T, out=out[k])
-            if len(segment.tasks) < n:
-                absent = [i for i in range(n) if i not in segment.tasks]
-                out[k, absent, :] = torch.nan
-                out[k, :, absent] = torch.nan
+    mark_absent(layout, out)
     return out
 
 
@@ -334,32 +348,3 @@ def _add_grad(parameter: nn.Parameter, grad: Tensor) -> None:
         parameter.grad = grad + parameter.grad
     else:
         parameter.grad += grad
-
-
-def reference_grams(losses: Mapping[str, Tensor], layers: Mapping[str, Sequence[nn.Parameter]]) -> Tensor:
-    """Compute Gram matrices slowly and obviously: one backward pass per task and layer, one dot product per pair.
-
-    Args:
-        losses: Scalar loss per task; their graph is kept.
-        layers: Layer name -> its parameters.
-
-    Returns:
-        Inner products [layers, tasks, tasks], float64; gradients that do not exist count as zero.
-    """
-    vectors: list[list[Tensor]] = []
-    for loss in losses.values():
-        per_layer = []
-        for parameters in layers.values():
-            grads = torch.autograd.grad(loss, list(parameters), retain_graph=True, allow_unused=True)
-            flat = [
-                as_real(torch.zeros_like(p) if g is None else (g.to_dense() if g.is_sparse else g)).double().flatten()
-                for p, g in zip(parameters, grads, strict=True)
-            ]
-            per_layer.append(torch.cat(flat))
-        vectors.append(per_layer)
-    out = torch.empty(len(layers), len(losses), len(losses), dtype=torch.float64)
-    for k in range(len(layers)):
-        for i in range(len(losses)):
-            for j in range(len(losses)):
-                out[k, i, j] = torch.dot(vectors[i][k], vectors[j][k])
-    return out

@@ -187,11 +187,7 @@ class Sweep:
             self._reduce(part, gram, total if weigh is None else None, None)
             if weigh is None:
                 part.inputs.clear()
-        for k, segment in enumerate(layout.segments):
-            if len(segment.tasks) < n:
-                absent = [i for i in range(n) if i not in segment.tasks]
-                gram[k, absent, :] = torch.nan
-                gram[k, :, absent] = torch.nan
+        mark_absent(layout, gram)
         if weigh is not None:
             weights = weigh(gram).to(total)
             for part in self.parts:
@@ -247,6 +243,8 @@ class Sweep:
             )
             update = site.weight_gradient(saved, grads[0]).flatten()
         norms = expected.diagonal().sqrt()
+        if not bool(expected.isfinite().all()):
+            return False  # an overflow, as of scaled losses, says nothing about the layer: ask again in the next step
         bar = AGREE[self.layout.dtype]
         if first.is_cuda and rounds_to_tf32():
             bar = 5e-3  # `delta` is the more exact one
@@ -373,6 +371,15 @@ class Sweep:
                         total[layout.at(bias)] = summed.sum(1)
 
 
+def mark_absent(layout: Layout, gram: Tensor) -> None:
+    """Write NaN into Gram matrices [layers, tasks, tasks] where a task does not reach a layer."""
+    for k, segment in enumerate(layout.segments):
+        for i in range(len(layout.tasks)):
+            if i not in segment.tasks:  # one by one: an index tensor would have to be sent to the accelerator
+                gram[k, i, :] = torch.nan
+                gram[k, :, i] = torch.nan
+
+
 def _inner(first: Sequence[Tensor], second: Sequence[Tensor]) -> Tensor:
     """Inner product, in float64, of two gradients given parameter by parameter; in pieces, because they are large."""
     total = first[0].new_zeros((), dtype=torch.float64)
@@ -390,36 +397,3 @@ def _consecutive(positions: list[int]) -> list[list[int]]:
         else:
             runs.append([here])
     return runs
-
-
-def buffers_once(model: nn.Module) -> Callable[[], None]:
-    """Let only the first of several backward passes over a graph change the model's buffers.
-
-    Activation checkpointing runs the forward again in every pass, and with it the update of running statistics; plain
-    training has one such pass.
-
-    Args:
-        model: Its buffers as they are now.
-
-    Returns:
-        To be called after each backward pass.
-    """
-    # Per module, because `F.batch_norm` changes running statistics without telling autograd's version counter; the
-    # module's counter of batches does tell.
-    groups = [[b for b in m.buffers(recurse=False) if not b.is_inference()] for m in model.modules()]
-    groups = [g for g in groups if g]
-    versions = [[b._version for b in g] for g in groups]
-    kept: dict[int, list[Tensor]] = {}
-
-    def settle() -> None:
-        for k, group in enumerate(groups):
-            if [b._version for b in group] != versions[k]:
-                with torch.no_grad():
-                    if k in kept:
-                        for buffer, value in zip(group, kept[k], strict=True):
-                            buffer.copy_(value)
-                    else:
-                        kept[k] = [b.clone() for b in group]
-                versions[k] = [b._version for b in group]
-
-    return settle

@@ -2,19 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Literal, get_args
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Literal, Protocol, get_args
 
 import torch
 from torch import Tensor, nn
 
+from reconmtl.accumulation import Accumulation
+from reconmtl.buffers import undisturbed
 from reconmtl.conflicts import ConflictLog, cosines_from_grams
 from reconmtl.errors import ProbeError, UnknownNameError, nearest
-from reconmtl.gram import Gradients, add_update, check_losses, reference_grams
+from reconmtl.gram import Gradients, Measured, add_update, check_losses
+from reconmtl.jacobians import jac_grams
+from reconmtl.oracle import reference_grams
 from reconmtl.recording import Recorder
 from reconmtl.schedule import Schedule
 
 Engine = Literal["auto", "flat", "delta"]
+
+
+class Scaler(Protocol):
+    """What `torch.amp.GradScaler` offers, and whatever else scales losses."""
+
+    def scale(self, outputs: Any, /) -> Any:  # noqa: ANN401 the scaler's own signature
+        """Multiply by the scale."""
+
+    def is_enabled(self) -> bool:
+        """Whether it scales at all."""
 
 
 class Probe:
@@ -62,31 +77,92 @@ class Probe:
         self.exact = exact
         self._gradients = Gradients(model, shared=shared, engine=engine)
         self._recorder = Recorder(self._gradients.layers)
+        self._open: bool | None = None  # whether the step whose micro-batches come in is measured; None between steps
+        self._sums: Accumulation | None = None
 
-    def backward(self, losses: Mapping[str, Tensor]) -> None:
+    def backward(self, losses: Mapping[str, Tensor], *, scaler: Scaler | None = None, last: bool = True) -> None:
         """Add the gradient of the summed losses to `.grad`, and record how the tasks' gradients relate.
 
         Args:
             losses: Scalar loss per task, from one forward pass; a task absent from this step is left out.
+            scaler: A `torch.amp.GradScaler`: the losses are scaled before, what is recorded is unscaled, and steps
+                whose gradients are not finite are left out, as the scaler leaves them out (see `skipped`).
+            last: False if more micro-batches of the same step follow. The step is then recorded once, with the Gram of
+                the accumulated gradients; that takes tasks x (shared parameters) floats.
 
         Raises:
             ProbeError: If a loss is no scalar, has no graph, or the graph cannot be told apart per task.
         """
-        with self._schedule.step() as measure:
-            if measure:
-                self._measure(losses)
-            else:
-                check_losses(losses)
+        check_losses(losses)
+        if scaler is not None and scaler.is_enabled():
+            losses = {task: scaler.scale(loss) for task, loss in losses.items()}
+        else:
+            scaler = None
+        with self._micro_batch(last) as (measure, whole):
+            if not measure:
                 _sum(losses).backward()
+            elif whole:
+                found = self._gradients.sweep(losses, retain_graph=self.exact)
+                self._recorder.add(found.layout, _unscaled(found.gram, scaler), skip=scaler is not None)
+                self._update(losses, found)
+            else:
+                assert self._sums is not None
+                found, rows = self._gradients.explicit(losses, retain_graph=self.exact)
+                self._sums.add(found.layout, rows, found.own)
+                self._update(losses, found)
+                if last:
+                    layout, gram = self._sums.gram()
+                    self._recorder.add(layout, _unscaled(gram, scaler), skip=scaler is not None)
+                    self._sums = None
 
-    def _measure(self, losses: Mapping[str, Tensor]) -> None:
-        found = self._gradients.sweep(losses, retain_graph=self.exact)
-        self._recorder.add(found.layout, found.gram)
+    @contextmanager
+    def _micro_batch(self, last: bool) -> Iterator[tuple[bool, bool]]:
+        """Enclose one backward pass; yields whether its step is measured, and whether it is the whole step."""
+        measure, self._open = self._open, None  # a failed pass ends its step
+        if measure is not None:
+            yield measure, False
+        else:
+            self._sums = None
+            if not last and self._schedule.overhead is not None:
+                raise ProbeError(
+                    "A budget of time (overhead) cannot be kept over micro-batches (last=False): pass `every` instead."
+                )
+            with self._schedule.step() as measure:
+                if measure and not last:
+                    self._sums = Accumulation(self._gradients)
+                yield measure, last
+        self._open = None if last else measure
+
+    def _update(self, losses: Mapping[str, Tensor], found: Measured) -> None:
         if self.exact:
             _sum(losses).backward()
             found.settle()
         else:
             add_update(found.layout, found.total, found.own, found.sparse)
+
+    def record_jac(self, losses: Mapping[str, Tensor]) -> None:
+        """Record from the `.jac` fields that `torchjd.autojac.backward` or `mtl_backward` has filled.
+
+        Call it before `jac_to_grad`, which empties them. Nothing is differentiated and no `.grad` changes: the update
+        is TorchJD's. `.jac` fields of several micro-batches are already summed when it is called once per step.
+
+        Args:
+            losses: Task -> the scalar that was differentiated, in the order in which TorchJD got them; only their
+                graph is read, to see which task reaches what.
+
+        Raises:
+            ProbeError: If a shared parameter has no `.jac`, or not one row per loss; the parameters are named.
+        """
+        check_losses(losses)
+        with self._schedule.step() as measure:
+            if measure:
+                layout = self._gradients.layout(losses)
+                self._recorder.add(layout, jac_grams(layout))
+
+    @property
+    def skipped(self) -> int:
+        """Measured steps that were left out because a scaled gradient was not finite."""
+        return self._recorder.skipped
 
     @property
     def every(self) -> int:
@@ -108,7 +184,9 @@ class Probe:
         return self._recorder.log(every=self.every)
 
     def check(self, losses: Mapping[str, Tensor]) -> float:
-        """Compare the engine with a slow oracle on the same graph; records nothing and leaves `.grad` alone.
+        """Compare the engine with a slow oracle on the same graph.
+
+        Records nothing; `.grad`, buffers, modes and random states are afterwards what they were.
 
         Args:
             losses: Scalar loss per task; the graph is kept.
@@ -119,21 +197,21 @@ class Probe:
         Raises:
             ProbeError: If a cosine differs by more than 1e-4 (1e-8 for a float64 model); the layer is named.
         """
-        found = self._gradients.sweep(losses, retain_graph=True)
-        layout = found.layout
-        if not layout.layers:
-            raise ProbeError("No layer is reached by the losses of two tasks: there is nothing shared to measure.")
-        parameters = dict(layout.shared)
-        by_layer = {
-            layer.name: [parameters[p] for p in layer.parameters if p in parameters]
-            for layer in self._gradients.layers
-            if layer.name in layout.layers
-        }
+        with undisturbed(self._gradients.model):
+            found = self._gradients.sweep(losses, retain_graph=True)
+            layout = found.layout
+            if not layout.layers:
+                raise ProbeError("No layer is reached by the losses of two tasks: there is nothing shared to measure.")
+            parameters = dict(layout.shared)
+            by_layer = {
+                layer.name: [parameters[p] for p in layer.parameters if p in parameters]
+                for layer in self._gradients.layers
+                if layer.name in layout.layers
+            }
+            expected = reference_grams(losses, by_layer)
         n = len(layout.tasks)
         upper = torch.triu_indices(n, n)
         measured = found.gram.cpu().double()[:, upper[0], upper[1]]
-        expected = reference_grams(losses, by_layer)
-        found.settle()
         expected = expected[:, upper[0], upper[1]]
         ours, theirs = cosines_from_grams(measured, n), cosines_from_grams(expected, n)
         power = expected[:, upper[0] == upper[1]].amax(1)
@@ -150,3 +228,12 @@ def _sum(losses: Mapping[str, Tensor]) -> Tensor:
     total = sum(losses.values())
     assert isinstance(total, Tensor)  # check_losses has seen at least one tensor
     return total
+
+
+def _unscaled(gram: Tensor, scaler: Scaler | None) -> Tensor:
+    """Gram matrices of the gradients before scaling; without asking the device for the scale."""
+    if scaler is None:
+        return gram
+    scale: Tensor = scaler.scale(torch.ones((), dtype=gram.dtype, device=gram.device))
+    unscaled: Tensor = gram / scale / scale  # the square may overflow
+    return unscaled

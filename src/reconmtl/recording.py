@@ -33,37 +33,55 @@ class Recorder:
         self.limit = limit
         self._tasks: list[str] = []
         self._sizes: dict[str, int] = {}
-        self._pending: tuple[Layout, list[Tensor]] | None = None
+        self._pending: tuple[Layout, list[Tensor], bool] | None = None
         self._chunks: list[tuple[Layout, Tensor]] = []
         self._bytes = 0
         self._counts: Counts | None = None
         self._counted: tuple[list[str], list[str]] = ([], [])  # layers and tasks of `_counts`
+        self._skipped = 0
 
-    def add(self, layout: Layout, gram: Tensor) -> None:
-        """Append one step's Gram matrices [layers, tasks, tasks]; waits for no accelerator but once per CHUNK steps."""
+    def add(self, layout: Layout, gram: Tensor, *, skip: bool = False) -> None:
+        """Append one step's Gram matrices; waits for no accelerator but once per CHUNK steps.
+
+        Args:
+            layout: What was measured.
+            gram: Inner products [layers, tasks, tasks], kept as they are.
+            skip: Leave the step out if it is not finite, as a gradient scaler does, instead of raising an error.
+        """
         self._tasks += [t for t in layout.tasks if t not in self._tasks]
         for s in layout.segments:
             self._sizes[s.layer] = max(self._sizes.get(s.layer, 0), s.stop - s.start)
-        if self._pending is not None and (self._pending[0] is not layout or len(self._pending[1]) == CHUNK):
-            self._flush()
+        if self._pending is not None:
+            before, grams, skipping = self._pending
+            if before is not layout or skipping != skip or len(grams) == CHUNK:
+                self._flush()
         if self._pending is None:
-            self._pending = (layout, [])
+            self._pending = (layout, [], skip)
         self._pending[1].append(gram)
 
     def _flush(self) -> None:
         if self._pending is None:
             return
-        layout, pending = self._pending
+        layout, pending, skip = self._pending
         chunk = torch.stack(pending).cpu()  # the only place where an accelerator has to be waited for
         self._pending = None
-        finite = chunk.diagonal(dim1=2, dim2=3).isfinite().all(0).tolist()
+        finite = chunk.diagonal(dim1=2, dim2=3).isfinite()
         for k, segment in enumerate(layout.segments):
-            for i in segment.tasks:
-                if not finite[k][i]:
+            for i in range(len(layout.tasks)):
+                if i not in segment.tasks:
+                    finite[:, k, i] = True  # absent, not infinite
+                elif not skip and not finite[:, k, i].all():
                     raise ProbeError(
                         f"The gradient of task {layout.tasks[i]!r} at layer {segment.layer!r} is not finite. "
-                        "Lower the learning rate, or look for a loss that divides by zero."
+                        "Lower the learning rate, or look for a loss that divides by zero. With a gradient scaler, "
+                        "pass the losses unscaled and `scaler=`: the steps that it skips are then left out."
                     )
+        if skip:
+            kept = finite.flatten(1).all(1)
+            chunk = chunk[kept]
+            self._skipped += int((~kept).sum())
+            if not len(chunk):
+                return
         self._chunks.append((layout, chunk))
         self._bytes += chunk.nbytes // 2  # what is kept in the end is the upper triangle
         if self._counts is not None or self._bytes > self.limit:
@@ -88,6 +106,12 @@ class Recorder:
         at = [names.index(n) for n in self._counted[0]]
         return counts.spread(at, [after[pair] for pair in before], (len(names), len(after)))
 
+    @property
+    def skipped(self) -> int:
+        """Steps that were left out because they were not finite."""
+        self._flush()
+        return self._skipped
+
     def _names(self) -> list[str]:
         return [layer.name for layer in self.layers if layer.name in self._sizes]
 
@@ -102,7 +126,10 @@ class Recorder:
         """
         self._flush()
         if not self._chunks and self._counts is None:
-            raise ProbeError("Nothing has been recorded yet: call `probe.backward(losses)` in the training loop first.")
+            skipped = f" ({self._skipped} steps were not finite and left out)" if self._skipped else ""
+            raise ProbeError(
+                f"Nothing has been recorded yet{skipped}: call `probe.backward(losses)` in the training loop first."
+            )
         names = self._names()
         if not names:
             raise ProbeError("No layer is reached by the losses of two tasks: there is nothing shared to measure.")

@@ -15,7 +15,8 @@ from torch.utils.checkpoint import checkpoint
 import reconmtl as rm
 from reconmtl.conflicts import cosines_from_grams
 from reconmtl.engines import Shape, pays
-from reconmtl.gram import Gradients, add_update, grams, reference_grams
+from reconmtl.gram import Gradients, add_update, grams
+from reconmtl.oracle import reference_grams
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
 TASKS = ("a", "b", "c")

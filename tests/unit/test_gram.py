@@ -8,8 +8,9 @@ from torch.utils.checkpoint import checkpoint
 
 import oracles
 from reconmtl.errors import LayerMatchError, ProbeError
-from reconmtl.gram import Gradients, add_update, grams, reach, reference_grams
+from reconmtl.gram import Gradients, add_update, grams, reach
 from reconmtl.networks import resnet
+from reconmtl.oracle import reference_grams
 from reconmtl.probing import Probe
 
 
@@ -327,6 +328,6 @@ def test_a_compiled_model_is_probed_under_its_own_names() -> None:
 def test_parameters_on_several_devices_are_named() -> None:
     model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
     gradients = Gradients(model)
-    gradients._parameters["1.weight"] = nn.Parameter(torch.empty(3, 3, device="meta"))
+    gradients.parameters["1.weight"] = nn.Parameter(torch.empty(3, 3, device="meta"))
     with pytest.raises(ProbeError, match=r"'1.weight' on meta, '0.weight' on cpu"):
         gradients._build(("a", "b"), {"0.weight": 3, "1.weight": 3})

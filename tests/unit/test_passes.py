@@ -5,9 +5,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from reconmtl.buffers import buffers_once
 from reconmtl.errors import ProbeError
 from reconmtl.gram import Gradients
-from reconmtl.passes import buffers_once
 from reconmtl.probing import Probe
 
 

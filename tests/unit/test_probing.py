@@ -10,7 +10,7 @@ import reconmtl as rm
 from reconmtl.errors import ProbeError, UnknownNameError
 from reconmtl.layers import find_layers, match_layers
 from reconmtl.networks import resnet
-from reconmtl.probing import Probe
+from reconmtl.probing import Engine, Probe
 from reconmtl.recording import CHUNK
 
 
@@ -59,21 +59,25 @@ def _batches(steps: int, dtype: torch.dtype) -> list[Tensor]:
     return [torch.randn(16, 5, generator=draw, dtype=dtype) for _ in range(steps)]
 
 
-def test_fifty_probed_steps_in_float64_equal_plain_training() -> None:
+@pytest.mark.parametrize("engine", ["flat", "delta"])
+def test_fifty_probed_steps_in_float64_equal_plain_training(engine: Engine) -> None:
     torch.manual_seed(0)
     model = Small().double()
     twin = copy.deepcopy(model)
     batches = _batches(50, torch.float64)
     plain, random = _train(model, batches, None)
-    probed, random_probed = _train(twin, batches, Probe(twin))
+    probe = Probe(twin, engine=engine)
+    probed, random_probed = _train(twin, batches, probe)
+    assert probe.engines["second"].startswith(engine)
     for name, value in plain.items():
         torch.testing.assert_close(probed[name], value, rtol=1e-10, atol=1e-12, msg=name)
     assert torch.equal(random, random_probed)
     assert all(torch.equal(probed[n], plain[n]) for n in plain if "num_batches" in n)
 
 
+@pytest.mark.parametrize("engine", ["flat", "delta"])
 @pytest.mark.parametrize("network", ["small", "resnet"])
-def test_one_probed_step_in_float32_equals_a_plain_one(network: str) -> None:
+def test_one_probed_step_in_float32_equals_a_plain_one(network: str, engine: Engine) -> None:
     torch.manual_seed(0)
     model = Small() if network == "small" else resnet.multifashion(width=8)
     x = _batches(1, torch.float32)[0] if network == "small" else torch.rand(16, 1, 36, 36)
@@ -81,7 +85,7 @@ def test_one_probed_step_in_float32_equals_a_plain_one(network: str) -> None:
     torch.manual_seed(1)
     sum(_losses(model(x), x).values()).backward()  # type: ignore[union-attr]
     torch.manual_seed(1)
-    Probe(twin).backward(_losses(twin(x), x))
+    Probe(twin, engine=engine).backward(_losses(twin(x), x))
     whole = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]).norm()
     for (name, p), q in zip(model.named_parameters(), twin.parameters(), strict=True):
         if p.grad is None:
@@ -94,18 +98,123 @@ def test_one_probed_step_in_float32_equals_a_plain_one(network: str) -> None:
         assert torch.equal(b, c), name
 
 
-def test_exact_is_bit_equal_in_float32() -> None:
+def test_the_update_is_that_of_plain_passes_task_by_task_and_no_further_from_the_truth() -> None:
+    """Summing losses before or after backpropagation rounds differently; that is all the probe changes.
+
+    The truth is the same step in float64. The network is smooth: behind a ReLU one sign that differs between float32
+    and float64 moves a gradient more than all rounding does, in plain training as well.
+    """
+    torch.manual_seed(0)
+    convolutions = [nn.Conv2d(a, b, 3, stride=2, padding=1) for a, b in ((1, 8), (8, 16), (16, 32))]
+    trunk = nn.Sequential(*(m for c in convolutions for m in (c, nn.BatchNorm2d(c.out_channels), nn.Tanh())))
+    model, x = nn.Sequential(trunk, nn.Flatten(), nn.Linear(512, 3)), torch.rand(16, 1, 32, 32)
+
+    def gradients(dtype: torch.dtype, how: str) -> list[Tensor]:
+        twin = copy.deepcopy(model).to(dtype)
+        out = twin(x.to(dtype))
+        losses = _losses({t: out[:, i] for i, t in enumerate("abc")}, x.to(dtype))
+        if how == "joint":
+            sum(losses.values()).backward()  # type: ignore[union-attr]
+        elif how == "by task":
+            for loss in losses.values():
+                loss.backward(retain_graph=True)
+        else:
+            Probe(twin, engine=how).backward(losses)  # type: ignore[arg-type]
+        return [p.grad.double() for p in twin.parameters() if p.grad is not None]
+
+    truth, joint, by_task = (
+        gradients(d, h) for d, h in ((torch.float64, "joint"), (torch.float32, "joint"), (torch.float32, "by task"))
+    )
+    whole = torch.cat([g.flatten() for g in truth]).norm()
+    for engine in ("flat", "delta"):
+        for p, t, j, b in zip(gradients(torch.float32, engine), truth, joint, by_task, strict=True):
+            noise = 3e-7 * whole  # a bias in front of a BatchNorm
+            assert (p - b).norm() <= 1e-6 * b.norm() + noise
+            assert (p - j).norm() <= 2e-6 * j.norm() + noise
+            assert (p - t).norm() <= 1.5 * (j - t).norm() + 1e-7 * t.norm() + noise
+
+
+@pytest.mark.parametrize("engine", ["flat", "delta"])
+def test_exact_is_bit_equal_in_float32(engine: Engine) -> None:
     torch.manual_seed(0)
     model = Small()
     twin = copy.deepcopy(model)
     batches = _batches(20, torch.float32)
     plain, random = _train(model, batches, None)
-    probe = Probe(twin, exact=True)
+    probe = Probe(twin, exact=True, engine=engine)
     probed, random_probed = _train(twin, batches, probe)
     for name, value in plain.items():
         assert torch.equal(probed[name], value), name
     assert torch.equal(random, random_probed)
     assert probe.log.steps == 20
+
+
+class Scales(nn.Module):
+    """Nothing in it mixes samples, so that a batch may come in pieces."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(7, 5, sparse=True)
+        self.first, self.norm, self.second = nn.Linear(5, 8), nn.LayerNorm(8), nn.Linear(8, 8)
+        self.heads = nn.ModuleDict({t: nn.Linear(8, 1) for t in "abc"})
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        z = x + self.embed((x[:, 0] * 3).abs().long() % 7)
+        z = torch.tanh(self.second(torch.tanh(self.norm(self.first(z)))))
+        return {t: head(z).squeeze(1) for t, head in self.heads.items()}
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_micro_batches_give_the_gram_and_the_gradient_of_the_whole_batch(exact: bool) -> None:
+    """One micro-batch has no target for a task, so that what is shared differs between the graphs."""
+    torch.manual_seed(0)
+    model = Scales().double()
+    twins = [copy.deepcopy(model) for _ in range(2)]
+    whole, pieces, each = Probe(model), Probe(twins[0], exact=exact), Probe(twins[1])
+    for x in _batches(3, torch.float64):
+        parts = x.split(4)
+        losses = _losses(model(x), x)
+        without = [p for i, p in enumerate(parts) if i != 1]
+        losses["b"] = torch.stack([_losses(model(p), p)["b"] for p in without]).sum() / 4
+        losses["c"] = torch.stack([_losses(model(p), p)["c"] for p in without]).sum() / 4
+        whole.backward(losses)
+        for i, part in enumerate(parts):
+            losses = {t: v / 4 for t, v in _losses(twins[0](part), part).items() if i != 1 or t == "a"}
+            pieces.backward(losses, last=i == 3)
+            each.backward({t: v / 4 for t, v in _losses(twins[1](part), part).items()})
+    assert (whole.log.steps, pieces.log.steps, each.log.steps) == (3, 3, 12)
+    assert pieces.log.layers == whole.log.layers
+    torch.testing.assert_close(pieces.log.grams, whole.log.grams, rtol=1e-10, atol=1e-16)
+    for p, q in zip(model.parameters(), twins[0].parameters(), strict=True):
+        assert p.grad is not None
+        assert q.grad is not None
+        assert p.grad.is_sparse == q.grad.is_sparse
+        torch.testing.assert_close(q.grad.to_dense(), p.grad.to_dense(), rtol=1e-10, atol=1e-14)
+
+
+def test_micro_batches_belong_to_one_step_of_the_schedule_and_a_failure_ends_it() -> None:
+    torch.manual_seed(0)
+    model = Scales()
+    probe = Probe(model, every=2)
+    (x,) = _batches(1, torch.float32)
+    for _ in range(4):
+        for last in (False, False, True):
+            probe.backward(_losses(model(x), x), last=last)
+    assert probe.log.steps == 2
+    probe.backward(_losses(model(x), x), last=False)
+    with pytest.raises(ProbeError, match="expected a scalar"):
+        probe.backward(model(x))
+    probe.backward(_losses(model(x), x), last=True)  # the end of the step that has begun, which is measured
+    assert probe.log.steps == 3
+    probe.backward(_losses(model(x), x), last=True)  # not measured
+    probe.backward(_losses(model(x), x), last=False)
+    losses = _losses(model(x), x)
+    sum(losses.values()).backward()  # type: ignore[union-attr]
+    with pytest.raises(RuntimeError, match="second time"):
+        probe.backward(losses, last=True)
+    assert probe.log.steps == 3
+    with pytest.raises(ProbeError, match="pass `every` instead"):
+        Probe(model, overhead=0.1).backward(_losses(model(x), x), last=False)
 
 
 def test_gradients_accumulate_as_in_a_plain_loop() -> None:
@@ -120,6 +229,82 @@ def test_gradients_accumulate_as_in_a_plain_loop() -> None:
         if p.grad is not None:
             assert q.grad is not None
             torch.testing.assert_close(q.grad, p.grad, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("engine", ["flat", "delta"])
+@pytest.mark.parametrize("pieces", [1, 2])
+def test_a_gradient_scaler_changes_neither_update_nor_record_and_its_overflows_are_left_out(
+    engine: Engine, pieces: int
+) -> None:
+    """Scales are powers of two, so that scaled and plain steps differ by nothing at all; the first ones overflow."""
+    torch.manual_seed(0)
+    plain = Scales()
+    plain.embed = nn.Embedding(7, 5)
+    probed, unscaled = copy.deepcopy(plain), copy.deepcopy(plain)
+    probe, reference = Probe(probed, engine=engine), Probe(unscaled, engine=engine)
+    batches = _batches(8, torch.float32)
+    skipped = []
+    for model, watch in ((plain, None), (probed, probe)):
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127, backoff_factor=2.0**-107, growth_interval=1000)
+        for x in batches:
+            optimizer.zero_grad()
+            for i, part in enumerate(x.chunk(pieces)):
+                losses = {t: 64 * v for t, v in _losses(model(part), part).items()}
+                if watch is not None:
+                    watch.backward(losses, scaler=scaler, last=i == pieces - 1)
+                else:
+                    scaler.scale(torch.stack(list(losses.values())).sum()).backward()
+            scaler.unscale_(optimizer)
+            nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+            before = scaler.get_scale()
+            scaler.step(optimizer)
+            scaler.update()
+            if watch is not None:
+                skipped.append(scaler.get_scale() < before)
+    for p, q in zip(plain.parameters(), probed.parameters(), strict=True):
+        torch.testing.assert_close(q, p, rtol=1e-5, atol=1e-7)
+    assert sum(skipped) == probe.skipped == 1
+    assert probe.log.steps == 7
+    assert all(name.startswith("delta") == (engine == "delta") for k, name in probe.engines.items() if k == "second")
+    optimizer = torch.optim.SGD(unscaled.parameters(), lr=0.01, momentum=0.9)
+    for x, left_out in zip(batches, skipped, strict=True):
+        if not left_out:
+            optimizer.zero_grad()
+            for i, part in enumerate(x.chunk(pieces)):
+                losses = {t: 64 * v for t, v in _losses(unscaled(part), part).items()}
+                reference.backward(losses, last=i == pieces - 1)
+            nn.utils.clip_grad_norm_(unscaled.parameters(), 0.5)
+            optimizer.step()
+    torch.testing.assert_close(probe.log.grams, reference.log.grams, rtol=1e-4, atol=1e-9)
+
+
+def test_half_precision_with_a_scaler_trains_and_records() -> None:
+    torch.manual_seed(0)
+    model = Scales()
+    model.embed = nn.Embedding(7, 5)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**20, growth_interval=1000)
+    probe, total = Probe(model, engine="delta"), []
+    (x,) = _batches(1, torch.float32)
+    for _ in range(30):
+        optimizer.zero_grad()
+        with torch.autocast("cpu", torch.float16):
+            outputs = model(x)
+        losses = _losses({t: o.float() for t, o in outputs.items()}, x)
+        probe.backward(losses, scaler=scaler)
+        scaler.step(optimizer)
+        scaler.update()
+        total.append(sum(float(v.detach()) for v in losses.values()))
+    assert probe.log.steps + probe.skipped == 30
+    assert probe.skipped > 0
+    assert probe.log.cosines().isfinite().all()
+    assert total[-1] < 0.7 * total[0]
+    losses = _losses(model(x), x)
+    disabled = torch.amp.GradScaler("cpu", enabled=False)
+    with pytest.raises(ProbeError, match="pass the losses unscaled"):  # nothing skips a step here: this is a fault
+        probe.backward({t: v * float("inf") for t, v in losses.items()}, scaler=disabled)
+        probe.log  # noqa: B018
 
 
 def test_every_measures_one_of_m_steps_and_changes_nothing_else() -> None:
