@@ -1,7 +1,6 @@
 """What a plan costs, without building the split model."""
 
 import copy
-import gc
 import weakref
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -211,8 +210,7 @@ def _work(model: nn.Module, plan: Plan | None, sample: object, tasks: list[str] 
             f"cost: the forward cannot be counted on the meta device ({str(error)[:200]}); leave out `sample`."
         ) from error
     if tasks is not None:
-        out = _parts(out, tasks)
-        gc.collect()  # the graph of all other outputs is gone, and what it kept
+        out = _parts(out, tasks)  # the graph of all other outputs is gone, and what it kept
     own = {_memory(t) for t in (*shadow.parameters(), *shadow.buffers())}
     activations = {_memory(k.tensor): k.tensor.untyped_storage().nbytes() for k in kept}
     flops, leaves = steps.needed(out)
