@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-import torch
 from torch import Tensor, nn
 
 from reconmtl.randomness import untouched_randomness
@@ -20,9 +19,9 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     """
     modes = [(m, m.training) for m in model.modules()]
     buffers = [
-        (m, name, b, None if b is None else b.detach().clone())
+        (m, [(name, b, None if b is None else b.detach().clone()) for name, b in m._buffers.items()])
         for m in model.modules()
-        for name, b in m._buffers.items()
+        if m._buffers
     ]
     try:
         with untouched_randomness():
@@ -30,14 +29,8 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
-        for module, name, buffer, value in buffers:
-            module._buffers[name] = buffer
-            if buffer is not None and value is not None and not _equal(buffer, value):
-                buffer.data.copy_(value)  # `.data`: a graph that has saved the buffer finds the value it has saved
-
-
-def _equal(a: Tensor, b: Tensor) -> bool:
-    return torch.equal(a, b) if not a.is_floating_point() else bool(torch.equal(a.nan_to_num(), b.nan_to_num()))
+        for module, kept in buffers:
+            _put_back(module, kept)
 
 
 def buffers_once(model: nn.Module) -> Callable[[], None]:
@@ -54,20 +47,31 @@ def buffers_once(model: nn.Module) -> Callable[[], None]:
     """
     # Per module, because `F.batch_norm` changes running statistics without telling autograd's version counter; the
     # module's counter of batches does tell.
-    groups = [[b for b in m.buffers(recurse=False) if not b.is_inference()] for m in model.modules()]
-    groups = [g for g in groups if g]
-    versions = [[b._version for b in g] for g in groups]
-    kept: dict[int, list[Tensor]] = {}
+    modules = [m for m in model.modules() if m._buffers]
+    seen = [_look(m) for m in modules]
+    kept: dict[int, list[tuple[str, Tensor | None, Tensor | None]]] = {}
 
     def settle() -> None:
-        for k, group in enumerate(groups):
-            if [b._version for b in group] != versions[k]:
-                with torch.no_grad():
-                    if k in kept:
-                        for buffer, value in zip(group, kept[k], strict=True):
-                            buffer.copy_(value)
-                    else:
-                        kept[k] = [b.clone() for b in group]
-                versions[k] = [b._version for b in group]
+        for k, module in enumerate(modules):
+            now = _look(module)
+            if len(now) == len(seen[k]) and all(a is b and v == w for (a, v), (b, w) in zip(now, seen[k], strict=True)):
+                continue
+            if k in kept:
+                _put_back(module, kept[k])
+            else:
+                kept[k] = [(n, b, None if b is None else b.detach().clone()) for n, b in module._buffers.items()]
+            seen[k] = _look(module)
 
     return settle
+
+
+def _look(module: nn.Module) -> list[tuple[Tensor | None, int]]:
+    """A module's buffers, which forwards may change or replace, each with its count of changes."""
+    return [(b, 0 if b is None or b.is_inference() else b._version) for b in module._buffers.values()]
+
+
+def _put_back(module: nn.Module, kept: list[tuple[str, Tensor | None, Tensor | None]]) -> None:
+    for name, buffer, value in kept:
+        module._buffers[name] = buffer
+        if buffer is not None and value is not None:
+            buffer.data.copy_(value)  # `.data`: a graph that has saved the buffer finds the value it has saved

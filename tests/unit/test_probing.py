@@ -1,10 +1,14 @@
 import copy
+import random
 import weakref
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils.checkpoint import checkpoint
 
 import reconmtl as rm
 from reconmtl.errors import ProbeError, UnknownNameError
@@ -390,6 +394,131 @@ def test_check_agrees_with_the_oracle_and_leaves_gradients_alone() -> None:
     assert probe.log.steps == 1
 
 
+class Restless(nn.Module):
+    """A checkpointed forward, run again in every backward pass, that changes statistics, a mode and random states."""
+
+    calls: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.drop = nn.Linear(5, 8), nn.BatchNorm1d(8), nn.Dropout(0.3)
+        self.register_buffer("calls", torch.zeros((), dtype=torch.long))
+        self.register_buffer("last", None)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        z = checkpoint(self.inner, x, use_reentrant=False, preserve_rng_state=False)
+        return {t: z[:, i] for i, t in enumerate("abc")}
+
+    def inner(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        self.last = x.detach()
+        self.drop.eval()
+        random.random(), np.random.rand(), torch.rand(1)  # noqa: NPY002 the global states are what this is about
+        y: Tensor = torch.tanh(self.drop(self.norm(self.first(x))))
+        return y
+
+
+@pytest.mark.parametrize("engine", ["flat", "delta"])
+def test_check_restores_buffers_modes_and_random_states(engine: Engine) -> None:
+    torch.manual_seed(0)
+    model = Restless()
+    x = _batches(1, torch.float32)[0]
+    losses = _losses(model(x), x)
+    model.drop.train()
+
+    def state() -> tuple[Any, ...]:
+        buffers = {n: (b, b.clone()) for n, b in model.named_buffers()}
+        modes = [m.training for m in model.modules()]
+        return buffers, modes, random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()  # type: ignore[index]  # noqa: NPY002
+
+    before = state()
+    assert Probe(model, engine=engine).check(losses) < 5e-6
+    after = state()
+    assert before[0].keys() == after[0].keys() == {"norm.running_mean", *before[0]}
+    for name, (buffer, value) in before[0].items():
+        assert after[0][name][0] is buffer
+        assert torch.equal(after[0][name][1], value), name
+    assert before[1:4] == after[1:4]
+    assert torch.equal(before[4], after[4])
+    assert all(p.grad is None for p in model.parameters())
+    assert int(model.calls) == 1
+    Probe(model, engine=engine).backward(losses)
+    assert int(model.calls) == 2  # as after one plain pass
+
+
+def test_an_exception_in_the_users_forward_passes_through_and_the_next_step_is_right() -> None:
+    torch.manual_seed(0)
+    model, fails = Restless().double().eval(), [False]
+    probe = Probe(model)
+    inner = model.inner
+
+    def failing(x: Tensor) -> Tensor:
+        if fails[0]:
+            raise ZeroDivisionError("of the user")
+        return inner(x)
+
+    model.inner = failing  # type: ignore[method-assign]
+    x = _batches(1, torch.float64)[0]
+    probe.backward(_losses(model(x), x))
+    expected = [p.grad for p in model.parameters()]
+    model.zero_grad()
+    losses = _losses(model(x), x)
+    fails[0] = True  # the forward that checkpointing runs again fails in the middle of the measurement
+    with pytest.raises(ZeroDivisionError, match="of the user"):
+        probe.backward(losses)
+    fails[0] = False
+    assert all(p.grad is None for p in model.parameters())
+    probe.backward(_losses(model(x), x))
+    for p, e in zip(model.parameters(), expected, strict=True):
+        assert p.grad is not None
+        torch.testing.assert_close(p.grad, e)
+    assert torch.equal(probe.log.grams[0], probe.log.grams[1])
+
+
+class Waits(TorchFunctionMode):
+    """Counts what would have to wait for an accelerator: values that come to the CPU or decide what Python does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names = {"cpu", "item", "tolist", "numpy", "nonzero", "unique", "__bool__", "__float__", "__int__"}
+        self.seen: list[str] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", "")
+        options = kwargs or {}
+        moved = name == "to" and "cpu" in map(str, (*args[1:], options.get("device"))) and "non_blocking" not in options
+        listed = name in ("__getitem__", "__setitem__") and any(isinstance(i, (list, Tensor)) for i in _tuple(args[1]))
+        if name in self.names or moved or listed:
+            self.seen.append(name)
+        return func(*args, **options)
+
+
+def _tuple(value: Any) -> tuple[Any, ...]:
+    return value if isinstance(value, tuple) else (value,)
+
+
+@pytest.mark.parametrize("engine", ["flat", "delta"])
+def test_an_accelerator_is_waited_for_once_per_chunk_only(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("reconmtl.recording.CHUNK", 8)
+    torch.manual_seed(0)
+    model = Small()
+    model.middle = nn.Linear(8, 8)
+    probe, counts = Probe(model, engine=engine), []
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    for x in _batches(26, torch.float32):
+        out = model(x)
+        out["c"] = out["c"] + model.middle(out["b"].new_ones(len(x), 8)).mean(1)  # a layer of two tasks
+        out["b"] = out["b"] + model.middle(out["c"].new_zeros(len(x), 8)).mean(1)
+        losses = _losses(out, x)
+        with Waits() as waits:
+            probe.backward(losses, scaler=scaler)
+        counts.append(len(waits.seen))
+    # The first step compares the engines; steps 9, 17 and 25 hand eight Grams to the CPU.
+    assert [n for n, c in enumerate(counts) if c and n] == [8, 16, 24]
+    assert counts[8] <= 12
+    assert "middle" in probe.log.layers
+
+
 def test_check_finds_a_wrong_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     model = Small()
@@ -407,6 +536,35 @@ def test_infinite_gradients_are_reported_not_counted() -> None:
     probe.backward({"a": out.sum(), "b": out.sum() * float("inf")})
     with pytest.raises(ProbeError, match=r"task 'b' at layer '\(root\)' is not finite"):
         probe.log  # noqa: B018
+
+
+def test_record_jac_reads_what_torchjd_has_taken() -> None:
+    torchjd = pytest.importorskip("torchjd.autojac")
+    torch.manual_seed(0)
+    model = Small().double().eval()
+    probe, other, third = Probe(model), Probe(model), Probe(model, every=2)
+    for x in _batches(3, torch.float64):
+        losses = _losses(model(x), x)
+        probe.backward(losses)
+        model.zero_grad()
+        z = model.second(torch.relu(model.norm(model.first(x))))
+        losses = _losses({t: head(z).squeeze(1) for t, head in model.heads.items()}, x)
+        with pytest.raises(ProbeError, match=r"6 of 6 shared parameters have no `.jac` field: 'first.weight'"):
+            other.record_jac(losses)
+        if third.log.steps if probe.log.steps > 1 else 0:
+            torchjd.mtl_backward(list(losses.values()), features=z)
+        else:
+            torchjd.backward(list(losses.values()))
+        with pytest.raises(ProbeError, match=r"'first.weight' has \[3, 8, 5\], expected \[2, 8, 5\]"):
+            other.record_jac({t: losses[t] for t in "ab"})
+        other.record_jac(losses)
+        third.record_jac(losses)
+        for p in model.parameters():
+            vars(p).pop("jac", None)
+    log = other.log
+    assert (log.tasks, log.layers, log.sizes) == (probe.log.tasks, probe.log.layers, probe.log.sizes)
+    torch.testing.assert_close(log.grams, probe.log.grams, rtol=1e-10, atol=1e-14)
+    assert third.log.steps == 2
 
 
 def test_nothing_shared_is_an_error_not_an_empty_log() -> None:
