@@ -18,6 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from reconmtl.errors import ProblemError
+from reconmtl.networks.pieces import Pieces
 from reconmtl.networks.segnet import CITYSCAPES, NYUV2, SegNet, chosen
 
 
@@ -101,6 +103,17 @@ class MTAN(SegNet):
             grown = self.decoder_block_att[stage](grown, task)
             carried = leaving[stage](torch.cat([up, grown], 1)) * last
         return self.read(task, carried)
+
+    def pieces(self) -> Pieces:
+        """Not to be had.
+
+        Raises:
+            ProblemError: Always: every task has a path of its own through the network.
+        """
+        raise ProblemError(
+            "MTAN cannot be taken apart into shared stages and heads: every task has a path of its own through it. "
+            "Take SegNet."
+        )
 
 
 def cityscapes(width: int = 64, *, tasks: Iterable[str] | None = None) -> nn.Module:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from reconmtl.errors import ProblemError
+from reconmtl.networks.pieces import Pieces
 from reconmtl.plan import check_tasks
 
 # fmt: off
@@ -92,6 +93,11 @@ class ResNet18(nn.Module):
         x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
         return cast(Tensor, self.layer4(self.layer3(self.layer2(self.layer1(x)))))
 
+    def _blocks(self) -> list[nn.Module]:
+        """Stem and groups, as stages."""
+        stem = nn.Sequential(self.conv1, self.bn1, self.relu, self.maxpool)
+        return [stem, self.layer1, self.layer2, self.layer3, self.layer4]
+
 
 def _group(inputs: int, outputs: int, *, stride: int) -> nn.Sequential:
     return nn.Sequential(BasicBlock(inputs, outputs, stride=stride), BasicBlock(outputs, outputs, stride=1))
@@ -111,6 +117,11 @@ class MultiFashionNet(ResNet18):
         shared = self.relu(self.fc(torch.flatten(self.avgpool(self.features(x)), 1)))
         return {task: head(shared) for task, head in self.heads.items()}
 
+    def pieces(self) -> Pieces:
+        """Stem, four groups, and the layers after them, as stages."""
+        last = nn.Sequential(self.avgpool, nn.Flatten(1), self.fc, self.relu)
+        return Pieces([*self._blocks(), last], dict(self.heads.items()))
+
 
 class CelebANet(ResNet18):
     """See `celeba`."""
@@ -123,6 +134,10 @@ class CelebANet(ResNet18):
         """Images [B, 3, 64, 64] -> {task: logits [B, 2]}."""
         shared = torch.flatten(self.features(x), 1)
         return {task: head(shared) for task, head in self.heads.items()}
+
+    def pieces(self) -> Pieces:
+        """Stem and four groups, as stages."""
+        return Pieces([*self._blocks(), nn.Flatten(1)], dict(self.heads.items()))
 
 
 def multifashion(width: int = 64, *, tasks: Iterable[str] = ("digit", "fashion"), classes: int = 10) -> nn.Module:

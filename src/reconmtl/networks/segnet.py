@@ -8,12 +8,13 @@ Reference: Badrinarayanan et al., SegNet, TPAMI 2017; in this form Liu et al., M
 
 import itertools
 from collections.abc import Iterable, Mapping
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from reconmtl.errors import ProblemError, nearest
+from reconmtl.networks.pieces import Pieces
 from reconmtl.plan import check_tasks
 
 CITYSCAPES = {"semantic": 7, "depth": 1}
@@ -116,6 +117,50 @@ class SegNet(nn.Module):
         """Images [B, 3, H, W] -> {task: [B, channels, H, W]}."""
         shared = self.features(x).decoder[-1]
         return {task: self.read(task, shared) for task in self.heads}
+
+    def pieces(self) -> Pieces:
+        """Five stages down and five up; networks side by side exchange features after all but the lowest."""
+        down = [Down(a, b) for a, b in zip(self.encoder_block, self.conv_block_enc, strict=True)]
+        up = [Up(self.decoder_block[i], self.conv_block_dec[i]) for i in reversed(range(5))]
+        heads = {t: nn.Sequential(h, Unit()) if t in self.unit else h for t, h in self.heads.items()}
+        return Pieces([*down, *up], heads, exchange=(0, 1, 2, 3, 5, 6, 7, 8, 9))
+
+
+class Down(nn.Module):
+    """A stage of the encoder: the state grows by where the maxima were, and by the size they came from."""
+
+    def __init__(self, enter: nn.Module, rest: nn.Module) -> None:
+        super().__init__()
+        self.enter, self.rest = enter, rest
+
+    def forward(self, state: Any) -> Any:  # noqa: ANN401 a state
+        """Features [B, C, H, W] -> [B, C', H/2, W/2]."""
+        x, *before = state if isinstance(state, tuple) else (state,)
+        x = self.rest(self.enter(x))
+        pooled, index = F.max_pool2d(x, 2, 2, return_indices=True)
+        return (pooled, *before, (index, x.shape[-2:]))
+
+
+class Up(nn.Module):
+    """A stage of the decoder: the state shrinks by what the last unused stage of the encoder left."""
+
+    def __init__(self, enter: nn.Module, rest: nn.Module) -> None:
+        super().__init__()
+        self.enter, self.rest = enter, rest
+
+    def forward(self, state: Any) -> Any:  # noqa: ANN401 a state
+        """Features [B, C, H, W] -> [B, C', 2H, 2W]."""
+        x, *before, (index, size) = state
+        x = F.max_unpool2d(x, index, [2, 2], [2, 2], output_size=size)
+        return (self.rest(self.enter(x)), *before)
+
+
+class Unit(nn.Module):
+    """Scales vectors along the channels to length one."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, H, W] -> the same shape."""
+        return F.normalize(x, dim=1)
 
 
 class Head(nn.Sequential):
