@@ -17,8 +17,9 @@ from reconmtl.splitting.conversions import CONVERT, check_asker, check_not_trace
 from reconmtl.splitting.faces import Face
 from reconmtl.splitting.groups import Family, Masks, MissingTaskError, complete, refine
 from reconmtl.splitting.mapping import SharedWriteError
-from reconmtl.splitting.outputs import assemble, deliver, get_task, is_keyed, select
-from reconmtl.splitting.ownership import Inputs, Recorded, Snapshot, module_masks, recorded
+from reconmtl.splitting.outputs import assemble, deliver
+from reconmtl.splitting.ownership import module_masks, recorded
+from reconmtl.splitting.rehearsal import rehearse
 from reconmtl.splitting.stale import revive
 from reconmtl.splitting.storage import (
     COPIES,
@@ -28,13 +29,13 @@ from reconmtl.splitting.storage import (
     adapted_class,
     copies,
     forget_flat_weights,
+    own_tensors,
     record,
     refine_buffers,
     set_class,
     write,
 )
 from reconmtl.splitting.structure import Value, tensors
-from reconmtl.splitting.tolerances import same_outputs
 
 EXTRA = "_extra_state"
 DATA = f"`x.data = y` with values y that differ between tasks, which PyTorch shows to nobody. {WAYS_OUT}"
@@ -372,25 +373,46 @@ def is_settled(module: nn.Module, whole: bool) -> bool:
 
 
 def first(module: nn.Module, run: Value, args: tuple[Value, ...], kwargs: dict[str, Value]) -> Value:
-    """The first call: find who owns what, compute, and compare with an ordinary network."""
+    """The first call: find who owns what, rehearse it on a copy against ordinary networks, compute."""
     rec = cast(Record, record(module))
     root = rec.root
     assert root is not None
-    seen = learn(module, args, kwargs)
-    before, inputs = Snapshot(module), Inputs(args, kwargs)
+    learn(module, args, kwargs)
+    tasks = dict.fromkeys((rec.family.tasks[0], rec.family.tasks[-1]))  # what leaks reaches one of them, or leaves it
+
+    def trial() -> None:
+        rehearse(module, rec, args, kwargs, tasks=tuple(tasks), where="first call")
+
     try:
-        out = run()
-    except MissingTaskError:  # a value passes from task to task outside the graph: prune nothing
-        forget(module)
-        before.restore()
-        if not inputs.restore():  # an input has become part of the graph, or a key-value cache is half filled
-            raise
-        out = run()
-    if root.mode == "branch" and torch.is_grad_enabled():
-        root.learned = False  # until it has passed
-        check_first(out, seen, rec.family)
-        root.learned = True
-    return out
+        try:
+            trial()
+        except MissingTaskError:  # a value passes from task to task outside the graph: prune nothing
+            forget(module)
+            trial()
+    except BaseException:
+        root.learned = False
+        raise
+    return run()
+
+
+def adopt(module: nn.Module, trial: nn.Module) -> None:
+    """Take over what a copy of a split model found out: who owns what, and which buffers need copies."""
+    modules = dict(module.named_modules())
+    family = cast(Record, record(module)).family
+    for name, other in trial.named_modules():
+        theirs, mine = record(other), modules.get(name)
+        if theirs is None or mine is None:
+            continue
+        rec = adapt(mine, family, theirs.name, owner=theirs.owner, stats=theirs.stats)
+        have = rec.buffer_groups if rec.buffers else (family.full,)
+        if theirs.buffers and theirs.buffer_groups != have and any(b is not None for b in _own_buffers(mine, rec)):
+            refine_buffers(mine, theirs.buffer_groups)
+        if rec.root is not None and theirs.root is not None:
+            rec.root.learned = theirs.root.learned
+
+
+def _own_buffers(module: nn.Module, rec: Record) -> list[Tensor | None]:
+    return list(own_tensors(module, rec, rec.family.full & -rec.family.full)[1].values())
 
 
 def located(module: nn.Module, error: BaseException) -> str:
@@ -406,30 +428,8 @@ def located(module: nn.Module, error: BaseException) -> str:
     return text if not inner or text.startswith(inner) else inner + text
 
 
-def check_first(out: Value, seen: Recorded, family: Family) -> None:
-    """Compare the first call with what the first task's own network returned in the recorded one.
-
-    Raises:
-        SplitError: If they differ, as they do where the forward goes on using a value under another name after
-            `shared += branched`, which makes a new tensor here and changes that value in an ordinary network.
-    """
-    if seen.random:
-        return
-    task = family.tasks[0]
-    mine = get_task(out, task) if is_keyed(out, family.tasks) else out
-    try:
-        same_outputs(mine, select(seen.output, task, family.tasks), f"first call, task {task!r}", exact=False)
-    except SplitError:
-        raise
-    except RuntimeError:  # tensors without values: on the meta device, under transforms
-        return
-
-
-def learn(module: nn.Module, args: tuple[Value, ...], kwargs: dict[str, Value]) -> Recorded:
+def learn(module: nn.Module, args: tuple[Value, ...], kwargs: dict[str, Value]) -> None:
     """Find, by one recorded call, what each module and each planned layer can reach; check the plan against it.
-
-    Returns:
-        What was recorded.
 
     Raises:
         SplitError: If a planned layer reaches no output, or one task's alone.
@@ -441,7 +441,7 @@ def learn(module: nn.Module, args: tuple[Value, ...], kwargs: dict[str, Value]) 
     params = seen.params
     root.learned = True
     if not params:
-        return seen
+        return
     masks = module_masks(module, seen)
     faults = []
     for m in module.modules():
@@ -468,7 +468,6 @@ def learn(module: nn.Module, args: tuple[Value, ...], kwargs: dict[str, Value]) 
         raise SplitError("The plan names layers that cannot be split so: " + " ".join(faults))
     if root.mode == "branch":
         _own(module, "", family.full, masks, family, seen.called)
-    return seen
 
 
 def _idle(rec: Record, mine: int) -> str:

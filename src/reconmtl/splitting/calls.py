@@ -111,6 +111,8 @@ def whole(
         if not partitions:
             return plain(*args, **kwargs)
         masks = refine(*partitions)
+        if len(masks) > 1 and prepare(module, masks):
+            masks = refine(*_partitions(module, rec))
     else:
         if torch.is_grad_enabled():
             check_untouched(found)

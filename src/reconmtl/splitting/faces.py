@@ -66,7 +66,7 @@ class Face:
             if rec.params and "_flat_weights" in d:
                 weights = [d["_parameters"].get(n) for n in d["_flat_weights_names"]]
                 d.update(_flat_weights=weights, _flat_weight_refs=[w if w is None else weakref.ref(w) for w in weights])
-            for name in rec.held:
+            for name in tuple(rec.held):
                 d[name] = d[name].part(self.mask) if isinstance(d[name], PerTask) else pick(d[name], self.mask)
             if COPIES in d["_modules"]:
                 d["_modules"] = {k: v for k, v in d["_modules"].items() if k != COPIES}

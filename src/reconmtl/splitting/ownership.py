@@ -2,11 +2,9 @@
 
 import copy
 import functools
-import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -14,17 +12,32 @@ from reconmtl.errors import SplitError
 from reconmtl.layers import ROOT
 from reconmtl.randomness import untouched_randomness
 from reconmtl.splitting.groups import Family
-from reconmtl.splitting.objects import find, same_versions, versions
+from reconmtl.splitting.objects import find
 from reconmtl.splitting.outputs import get_task, is_keyed, task_keys
 from reconmtl.splitting.refusals import is_sharded
-from reconmtl.splitting.storage import COPIES, GroupTensors, clone, copies, plain_tensors, record, to_plain
-from reconmtl.splitting.structure import Value, tensors, transform
+from reconmtl.splitting.storage import plain_tensors, to_plain
+from reconmtl.splitting.structure import Value, tensors
 
 
 def plain_copy(model: nn.Module, mask: int, *, share_buffers: bool) -> nn.Module:
     """A copy of a model's structure in its original classes, with the tensors of one group of tasks.
 
     Parameters are shared with the model, buffers and plain tensor attributes too if `share_buffers`.
+
+    Raises:
+        SplitError: If a part of the model is sharded.
+    """
+    memo = kept(model)
+    if share_buffers:
+        memo.update({id(t): t for _, _, t in plain_tensors(model)})
+        memo.update({id(b): b for b in model.buffers()})
+    twin = copy.deepcopy(model, memo)
+    to_plain(twin, mask)
+    return twin
+
+
+def kept(model: nn.Module) -> dict[int, Value]:
+    """What a deepcopy of a model's structure takes over as it is: parameters; and attributes without their graph.
 
     Raises:
         SplitError: If a part of the model is sharded.
@@ -38,15 +51,11 @@ def plain_copy(model: nn.Module, mask: int, *, share_buffers: bool) -> nn.Module
         )
     memo: dict[int, Value] = {id(p): p for p in model.parameters()}
     for _, _, tensor in plain_tensors(model):
-        if share_buffers or isinstance(tensor, nn.Parameter):
+        if isinstance(tensor, nn.Parameter):
             memo[id(tensor)] = tensor
         elif not tensor.is_leaf:  # left over from an earlier forward; deepcopy refuses graph
             memo[id(tensor)] = tensor.detach().clone()
-    if share_buffers:
-        memo.update({id(b): b for b in model.buffers()})
-    twin = copy.deepcopy(model, memo)
-    to_plain(twin, mask)
-    return twin
+    return memo
 
 
 def own_inputs(args: Sequence[Value], kwargs: dict[str, Value]) -> tuple[Sequence[Value], dict[str, Value]]:
@@ -66,22 +75,12 @@ class Recorded:
 
     Attributes:
         params: {id(parameter): mask of the tasks whose outputs it reaches}; empty if no output has a gradient.
-        output: What that network returned, without graph.
-        random: Whether it drew random numbers, so that another call returns something else.
         called: {name: tasks reached by what it returned} of the modules that were called; a list of modules never is,
             its items are.
     """
 
     params: dict[int, int]
-    output: Value
-    random: bool
     called: dict[str, int]
-
-
-def _random_state() -> list[Value]:
-    numpy: Value = np.random.get_state(legacy=False)  # noqa: NPY002 the user's global state
-    devices = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
-    return [random.getstate(), str(numpy), *(t.tolist() for t in (torch.get_rng_state(), *devices))]
 
 
 def recorded(model: nn.Module, family: Family, args: Sequence[Value], kwargs: dict[str, Value]) -> Recorded:
@@ -94,7 +93,7 @@ def recorded(model: nn.Module, family: Family, args: Sequence[Value], kwargs: di
         kwargs: Keyword arguments of the call.
 
     Returns:
-        Which tasks each parameter reaches, first groups' copies standing for all, and what the first task's was.
+        Which tasks each parameter reaches, first groups' copies standing for all.
     """
     with untouched_randomness(), torch.inference_mode(False), torch.enable_grad():
         twin = plain_copy(model, 1, share_buffers=False)
@@ -103,12 +102,12 @@ def recorded(model: nn.Module, family: Family, args: Sequence[Value], kwargs: di
         try:
             for p in frozen:
                 p.requires_grad_(True)
-            before = _random_state()
             called = _note_calls(twin)
             out = twin(*args, **kwargs)
             params, masks = reached(_by_task(out, family), twin)
             returned = {name: _union(masks.get(node, 0) for node in nodes) for name, nodes in called.items()}
-            return Recorded(params, transform(out, Tensor.detach), before != _random_state(), returned)
+            called.clear()  # a checkpoint in the graph holds modules, their hooks this: a circle that nobody collects
+            return Recorded(params, returned)
         finally:
             for p in frozen:
                 p.requires_grad_(False)
@@ -203,87 +202,3 @@ def module_masks(model: nn.Module, seen: Recorded) -> dict[str, int]:
             parent = name.rpartition(".")[0]
             masks[parent] = masks.get(parent, 0) | masks.get(name, 0)
     return masks
-
-
-class Snapshot:
-    """The buffers of a split model, to be put back after a trial call.
-
-    Args:
-        model: The model.
-        private: Let the trial run on copies, so that not even a version counter of the originals changes.
-    """
-
-    def __init__(self, model: nn.Module, *, private: bool = False) -> None:
-        self.private = private
-        self.saved: dict[int, tuple[nn.Module, dict[str, list[tuple[int, Tensor, Tensor]]]]] = {}
-        for module in model.modules():
-            if isinstance(module, GroupTensors):
-                continue
-            rec = record(module)
-            mine: dict[str, list[tuple[int, Tensor, Tensor]]] = {}
-            for name, b in module._buffers.items():
-                if b is not None:
-                    mine[name] = [(-1, b, b.detach().clone())]
-                    if private:
-                        module._buffers[name] = mine[name][0][2]
-            if rec is not None and rec.buffers:
-                for mask in rec.buffer_groups:
-                    child = copies(module)[rec.family.label(mask)]
-                    for name in rec.buffers:
-                        b = child._buffers[name]
-                        assert b is not None
-                        twin = b.detach().clone()
-                        mine.setdefault(name, []).append((mask, b, twin))
-                        if private:
-                            child._buffers[name] = twin
-            if mine:
-                self.saved[id(module)] = (module, mine)
-
-    def restore(self) -> None:
-        """Put every buffer back; groups that came into being meanwhile start from what they shared before."""
-        for module, mine in self.saved.values():
-            rec = record(module)
-            split = rec.buffers if rec is not None and COPIES in module._modules else ()
-            for name, groups in mine.items():
-                if not self.private:
-                    with torch.no_grad():
-                        for _, tensor, before in groups:
-                            tensor.copy_(before)
-                if name not in split:
-                    module._buffers[name] = groups[0][1]
-                    continue
-                assert rec is not None
-                used: set[int] = set()
-                for mask in rec.buffer_groups:
-                    source = next(t for m, t, _ in groups if m & mask == mask)
-                    child = copies(module)[rec.family.label(mask)]
-                    child._buffers[name] = clone(source) if id(source) in used else source
-                    used.add(id(source))
-
-
-class Inputs:
-    """The arguments of a trial call, to be put back after it.
-
-    Args:
-        args: Positional arguments.
-        kwargs: Keyword arguments.
-    """
-
-    def __init__(self, args: Sequence[Value], kwargs: dict[str, Value]) -> None:
-        self.given = (tuple(args), kwargs)
-        self.tensors = [(t, _writes(t), t.grad_fn, t.detach().clone()) for t in tensors(self.given)]
-        self.objects = versions(self.given)
-
-    def restore(self) -> bool:
-        """Put back what tensors held; False if something cannot be undone: graph, or an object (a key-value cache)."""
-        with torch.no_grad():
-            for t, count, node, before in self.tensors:
-                if t.grad_fn is not node:  # written in place with values that have a gradient
-                    return False
-                if _writes(t) != count or t.is_inference():
-                    t.copy_(before)
-        return same_versions(self.objects, versions(self.given))
-
-
-def _writes(tensor: Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version
