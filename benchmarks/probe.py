@@ -1,311 +1,313 @@
-"""What measuring conflicts costs: the probe's engines against plain training and against T plain backward passes.
+"""What measuring conflicts costs: the probe against plain training, T plain backward passes, and other ways to do it.
 
-    python benchmarks/probe.py                  # about 40 minutes on one core; writes benchmarks/results/probe.json
+    python benchmarks/probe.py                  # a quarter of an hour on one core; writes benchmarks/results/probe.json
+    python benchmarks/probe.py --only a e       # some cases; the others keep their results in the file
+    python benchmarks/probe.py --run            # a training with overhead=0.1 against one that measures every step
+    python benchmarks/probe.py --table          # prints the file as Markdown and puts it into docs/probing.md
     python benchmarks/probe.py --quick          # a minute: small networks, few rounds, writes nothing
-    python benchmarks/probe.py --only a e       # some workloads
 
-All rows of a workload take turns in one process, so that what slows the machine slows all; times are process CPU time
-on one thread. A number is the median over rounds of the ratio within a round. A step is zero_grad, forward, backward
-and everything that is measured; no optimizer. Memory is the peak of a fresh process above that of the joint step's.
-
-Rows: `joint` is one backward pass of the summed loss; `plain` is T backward passes, one per task, whose gradients are
-dropped; `flat` and `auto` are the probe's engines, update included; `published` restates, from the description in the
-paper and its appendix, the way in which its Grams were computed (a loop over tasks and layers, `normalize`, one dot
-product per pair); it is no measurement of anybody's released code. `torchjd` is TorchJD's `mtl_backward` with per-layer
-Grams from `.jac`, where TorchJD is installed.
+All rows of a case take turns in one process, so that what slows the machine slows all; times are process CPU time on
+one thread, or CUDA events with `--device cuda`. A number is the median over rounds of the ratio within a round. A step
+is zero_grad, forward, backward and everything that is measured; no optimizer. Memory is the peak of a fresh process
+after two steps, above that of the joint step.
 """
 
 import argparse
 import json
+import os
 import platform
 import resource
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median, quantiles
+from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from probe_rows import CORE, ROWS, Steps
+from workloads import Workload, workloads
 
-from reconmtl.gram import Gradients, add_update
-from reconmtl.networks import resnet
+import reconmtl as rm
+from reconmtl.problems import multifashion
 
-RESULTS = Path(__file__).parent / "results"
-TARGETS = {
-    "a64": 0.82,
-    "a256": 0.82,
-    "b2": None,
-    "b8": 0.76,
-    "b16": 0.76,
-    "b40": 0.76,
-    "c": 0.95,
-    "d256": 1.1,
-    "d512": 1.1,
-    "e": 0.65,
-}
+RESULTS = Path(__file__).parent / "results" / "probe.json"
+DOCS = Path(__file__).parents[1] / "docs" / "probing.md"
+MARKS = "<!-- benchmark:probe -->", "<!-- /benchmark:probe -->"
+MEMORY = [r for r in ROWS if r not in {"plain", "plain_gemm"}]
 
 
-class Headed(nn.Module):
-    """Shared features and one head per task."""
-
-    def __init__(self, trunk: nn.Module, heads: list[nn.Module]) -> None:
-        super().__init__()
-        self.trunk = trunk
-        self.heads = nn.ModuleDict({f"t{i}": head for i, head in enumerate(heads)})
+def rows_of(name: str) -> list[str]:
+    """Rows that this machine can run."""
+    have = not missing("torchjd")
+    return [r for r in ROWS if (have or not r.startswith("torchjd")) and not (r == "torchjd_vmap" and name == "b40")]
 
 
-class Features(nn.Module):
-    """The shared part of a ResNet18, flattened."""
-
-    def __init__(self, net: nn.Module, *, pooled: bool) -> None:
-        super().__init__()
-        self.net, self.pooled = net, pooled
-        del net.heads  # type: ignore[operator]  # heads of our own stand in its place
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.net.features(x)  # type: ignore[operator]
-        if not self.pooled:
-            return x.flatten(1)
-        out: Tensor = self.net.relu(self.net.fc(x.mean((2, 3))))  # type: ignore[operator]
-        return out
-
-
-def segnet(width: int) -> nn.Sequential:
-    """Encoder and decoder of 3x3 convolutions, two per level, as SegNet has."""
-    widths = [width, 2 * width, 4 * width, 8 * width, 8 * width]
-
-    def block(a: int, b: int) -> list[nn.Module]:
-        return [nn.Conv2d(a, b, 3, padding=1), nn.BatchNorm2d(b), nn.ReLU(inplace=True)]
-
-    layers: list[nn.Module] = []
-    for a, b in zip([3, *widths], widths, strict=False):
-        layers += [*block(a, b), *block(b, b), *(block(b, b) if b >= 4 * width else []), nn.MaxPool2d(2)]
-    for a, b in zip(widths[::-1], [*widths[-2::-1], width], strict=True):
-        layers += [nn.Upsample(scale_factor=2), *block(a, a), *(block(a, a) if a >= 4 * width else []), *block(a, b)]
-    return nn.Sequential(*layers)
-
-
-class Encoder(nn.Module):
-    """Transformer encoder of four layers; features are the mean over 64 tokens."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        layer = nn.TransformerEncoderLayer(width, 8, 4 * width, dropout=0.0, batch_first=True)
-        self.layers = nn.TransformerEncoder(layer, 4, enable_nested_tensor=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.layers(x)
-        return out.mean(1)
-
-
-@dataclass(frozen=True)
-class Workload:
-    """A network, its input and what a head is."""
-
-    make: Callable[[], Headed]
-    inputs: Callable[[], Tensor]
-    rounds: int
-
-
-def workloads(*, quick: bool) -> dict[str, Workload]:
-    w = 8 if quick else 64
-
-    def linear(width: int, tasks: int) -> list[nn.Module]:
-        return [nn.Linear(width, 2) for _ in range(tasks)]
-
-    def fashion() -> Headed:
-        return Headed(Features(resnet.multifashion(width=w), pooled=True), linear(100, 2))
-
-    def celeba(tasks: int) -> Callable[[], Headed]:
-        return lambda: Headed(Features(resnet.celeba(width=w), pooled=False), linear(32 * w, tasks))
-
-    def scene() -> Headed:
-        heads: list[nn.Module] = [nn.Sequential(nn.Conv2d(w, w, 3, padding=1), nn.Conv2d(w, c, 1)) for c in (13, 1, 3)]
-        return Headed(segnet(w), heads)
-
-    def mlp() -> Headed:
-        n = 128 if quick else 1024
-        return Headed(nn.Sequential(*(m for _ in range(6) for m in (nn.Linear(n, n), nn.ReLU()))), linear(n, 8))
-
-    size, batch, wide = (64, 32) if quick else (128, 64), 4 if quick else 64, 64 if quick else 256
-    out = {
-        "a64": Workload(fashion, lambda: torch.rand(batch, 1, 36, 36), 9),
-        "a256": Workload(fashion, lambda: torch.rand(4 * batch, 1, 36, 36), 5),
-        **{
-            f"b{t}": Workload(celeba(t), lambda: torch.rand(batch // 2, 3, 64, 64), r)
-            for t, r in ((2, 7), (8, 5), (16, 5), (40, 3))
-        },
-        "c": Workload(scene, lambda: torch.rand(2 if quick else 4, 3, *size), 5),
-        "d256": Workload(lambda: Headed(Encoder(wide), linear(wide, 8)), lambda: torch.randn(batch // 4, 64, wide), 5),
-        "d512": Workload(
-            lambda: Headed(Encoder(2 * wide), linear(2 * wide, 8)),
-            lambda: torch.randn(batch // 8 or 1, 64, 2 * wide),
-            5,
-        ),
-        "e": Workload(mlp, lambda: torch.randn(64, 128 if quick else 1024), 15),
-    }
-    return out if not quick else {k: Workload(v.make, v.inputs, 2) for k, v in out.items()}
-
-
-class Steps:
-    """One step of each row on one network."""
-
-    def __init__(self, workload: Workload) -> None:
-        torch.manual_seed(0)
-        self.model, self.x = workload.make(), workload.inputs()
-        self.engines = {name: Gradients(self.model, engine=name) for name in ("flat", "auto")}
-        self.layers = [m for m in self.model.trunk.modules() if any(True for _ in m.parameters(recurse=False))]
-
-    def forward(self) -> tuple[Tensor, dict[str, Tensor]]:
-        self.model.zero_grad()
-        z = self.model.trunk(self.x)
-        return z, {t: F.softplus(head(z)).mean() * (1 + i) for i, (t, head) in enumerate(self.model.heads.items())}
-
-    def joint(self) -> None:
-        torch.stack(list(self.forward()[1].values())).sum().backward()
-
-    def plain(self) -> None:
-        losses = self.forward()[1]
-        for i, loss in enumerate(losses.values()):
-            keep = i < len(losses) - 1
-            torch.autograd.grad(loss, list(self.model.parameters()), retain_graph=keep, allow_unused=True)
-
-    def _sweep(self, engine: str) -> None:
-        found = self.engines[engine].sweep(self.forward()[1])
-        add_update(found.layout, found.total, found.own)
-
-    def flat(self) -> None:
-        self._sweep("flat")
-
-    def auto(self) -> None:
-        self._sweep("auto")
-
-    def published(self) -> None:
-        losses = self.forward()[1]
-        shared = [list(m.parameters(recurse=False)) for m in self.layers]
-        vectors: list[list[Tensor]] = []
-        total = torch.zeros(sum(p.numel() for own in shared for p in own), len(losses))
-        for i, loss in enumerate(losses.values()):
-            loss.backward(retain_graph=True)
-            vectors.append([torch.cat([p.grad.flatten() for p in own if p.grad is not None]) for own in shared])
-            total[:, i] = torch.cat(vectors[-1])
-            for own in shared:
-                for p in own:
-                    p.grad = None
-        for k in range(len(shared)):
-            for i in range(len(losses)):
-                for j in range(i + 1, len(losses)):
-                    (F.normalize(vectors[i][k], dim=0) * F.normalize(vectors[j][k], dim=0)).sum()
-        start = 0
-        summed = total.mean(1) * len(losses)
-        for own in shared:
-            for p in own:
-                p.grad = summed[start : start + p.numel()].view(p.shape).clone()
-                start += p.numel()
-
-    def torchjd(self) -> None:
-        from torchjd.autojac import mtl_backward  # type: ignore[import-not-found,import-untyped,unused-ignore]
-
-        z, losses = self.forward()
-        mtl_backward(list(losses.values()), features=z, parallel_chunk_size=1)
-        for module in self.layers:
-            gram = torch.zeros(len(losses), len(losses))
-            for p in module.parameters(recurse=False):
-                rows = p.jac.flatten(1)  # type: ignore[attr-defined]
-                gram += rows @ rows.T
-                p.grad = p.jac.sum(0)  # type: ignore[attr-defined]
-                del p.jac  # type: ignore[attr-defined]
-
-
-def rows_of(workload: str) -> list[str]:
-    rows = ["joint", "plain", "flat", "auto"]
-    if workload != "b40":  # minutes per step
-        rows.append("published")
+def missing(package: str) -> bool:
     try:
-        import torchjd  # type: ignore[import-not-found,import-untyped,unused-ignore]  # noqa: F401
-    except ImportError:
-        return rows
-    return [*rows, "torchjd"]
+        version(package)
+    except PackageNotFoundError:
+        return True
+    return False
 
 
-def time_rows(name: str, workload: Workload) -> dict[str, object]:
-    steps, rows = Steps(workload), rows_of(name)
+def clock(device: str) -> float:
+    """Seconds of work so far: of this process, or of the accelerator's queue once it is empty."""
+    if device == "cpu":
+        return time.process_time()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    torch.cuda.synchronize()
+    return ORIGIN[0].elapsed_time(event) / 1000
+
+
+ORIGIN: list[Any] = []
+
+
+def time_rows(name: str, workload: Workload, device: str) -> dict[str, Any]:
+    """Time every row of a case, in turns."""
+    steps, rows = Steps(workload, device), rows_of(name)
     for row in rows:
-        getattr(steps, row)()
-    times: dict[str, list[float]] = {row: [] for row in rows}
+        if row != "published":  # it has nothing to warm up, and 40 tasks take it long
+            getattr(steps, row)()
+    times: dict[str, list[float | None]] = {row: [] for row in rows}
     for k in range(workload.rounds):
         for row in rows if k % 2 else rows[::-1]:
-            began = time.process_time()
+            if row not in CORE and k >= max(1, workload.rounds // 2):
+                times[row].append(None)
+                continue
+            began = clock(device)
             getattr(steps, row)()
-            times[row].append(time.process_time() - began)
-    out: dict[str, object] = {}
+            times[row].append(clock(device) - began)
+    out = {}
     for row, own in times.items():
-        per_joint = [a / b for a, b in zip(own, times["joint"], strict=True)]
-        per_plain = [a / b for a, b in zip(own, times["plain"], strict=True)]
-        spread = quantiles(per_plain, n=4)
-        out[row] = {
-            "ms": 1000 * median(own),
-            "per_joint": median(per_joint),
-            "per_plain": median(per_plain),
-            "per_plain_quartiles": [spread[0], spread[2]],
-            "every_10_per_joint": 1 + (median(per_joint) - 1) / 10,
-        }
-    delta = sum(e == "delta" for e in steps.engines["auto"].engines.values())
-    return {"rows": out, "delta_layers": delta, "layers": len(steps.engines["auto"].engines)}
+        entry: dict[str, Any] = {"ms": 1000 * median(t for t in own if t is not None)}
+        for base in ("joint", "plain"):
+            ratios = [a / b for a, b in zip(own, times[base], strict=True) if a is not None and b is not None]
+            entry[f"per_{base}"] = median(ratios)
+            entry[f"per_{base}_quartiles"] = quantiles(ratios, n=4)[::2] if len(ratios) > 1 else None
+        entry["rounds"] = len(ratios)
+        out[row] = entry
+    joint = [t for t in times["joint"] if t is not None]
+    engines = steps.gradients["auto"].engines
+    return {
+        "title": workload.title,
+        "tasks": workload.tasks,
+        "target": workload.target,
+        "layers": len(engines),
+        "delta_layers": [n for n, e in engines.items() if e == "delta"],
+        "rows": out,
+        "sampled": sampled(steps, device, median(joint)),
+    }
 
 
-def peak(name: str, row: str, *, quick: bool) -> float:
-    """Peak megabytes of a fresh process after three steps of one row."""
-    command = [sys.executable, __file__, "--peak", name, row, *(["--quick"] if quick else [])]
+def sampled(steps: Steps, device: str, joint: float) -> dict[str, Any]:
+    """Average step of a probe that measures one in ten, or as many as a budget of ten percent allows."""
+    out = {}
+    with_budget = rm.Probe(steps.model, overhead=0.1)
+    while with_budget.every == 1:  # it rehearses
+        steps.probe(with_budget)
+    for name, every in (("every_10", 10), ("overhead_0.1", with_budget.every)):
+        probe = rm.Probe(steps.model, every=every)
+        warm = rm.Probe(steps.model)
+        warm._gradients = probe._gradients
+        steps.probe(warm)
+        rounds = 3 if name == "every_10" else 1
+        began = clock(device)
+        for _ in range(rounds * every):
+            steps.probe(probe)
+        spent = clock(device) - began
+        began = clock(device)
+        for _ in range(n := min(every, 20)):
+            steps.joint()
+        plain = min(joint, (clock(device) - began) / n) if device != "cpu" else (clock(device) - began) / n
+        out[name] = {"every": every, "ms": 1000 * spent / rounds / every, "per_joint": spent / rounds / every / plain}
+    return out
+
+
+def peak(name: str, row: str, arguments: argparse.Namespace) -> float:
+    """Peak megabytes of a fresh process after two steps of one row."""
+    command = [sys.executable, __file__, "--peak", name, row, "--device", arguments.device]
+    command += ["--quick"] if arguments.quick else []
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
+def print_peak(name: str, row: str, arguments: argparse.Namespace) -> None:
+    steps = Steps(workloads(quick=arguments.quick)[name], arguments.device)
+    for _ in range(2):
+        getattr(steps, row)()
+    if arguments.device == "cpu":
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+    else:
+        print(torch.cuda.max_memory_allocated() / 2**20)
+
+
+def environment(device: str) -> dict[str, Any]:
+    cpu = next((x for x in Path("/proc/cpuinfo").read_text().splitlines() if x.startswith("model name")), "")
+    versions = {p: version(p) for p in ("torch", "torchjd") if not missing(p)}
+    name = cpu.partition(": ")[2] or platform.processor()
+    if device != "cpu":
+        name = torch.cuda.get_device_name()
+    return {"python": platform.python_version(), **versions, "machine": name, "load": round(os.getloadavg()[0], 1)}
+
+
+def training(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Train Multi-Fashion+MNIST, small, with a budget and without: what it costs, and how far the rankings differ."""
+    options = multifashion.PRESETS["demo"]
+    epochs, seeds = (1, (0, 1)) if arguments.quick else (options.epochs, (0, 1, 2))
+    problem = multifashion.make(width=8, data="mini")
+    problem = problem.replace(
+        recipe=problem.recipe.override(epochs=epochs, batch_size=options.batch_size, lr=options.lr)
+    )
+    kinds: dict[str, dict[str, Any]] = {"joint": {"every": 10**9}, "budget": {"overhead": 0.1}, "every_step": {}}
+    rm.probe(problem.replace(recipe=problem.recipe.override(epochs=1)), epochs=1)  # warms up
+    logs, seconds = {}, {}
+    for k, seed in enumerate(seeds):
+        for kind in kinds if k % 2 else [*kinds][::-1]:
+            began = time.process_time()
+            logs[kind, seed] = rm.probe(problem, epochs=epochs, seed=seed, **kinds[kind])
+            seconds[kind, seed] = time.process_time() - began
+    ranked = {key: log.rank(severity=options.severity) for key, log in logs.items()}
+    pairs = [(s, t) for s in seeds for t in seeds if s < t]
+    return {
+        "problem": f"Multi-Fashion+MNIST, 12,000 images, ResNet18 width 8, {epochs} epochs of batch "
+        f"{options.batch_size}, S = {options.severity}",
+        "seeds": seeds,
+        "measured_steps": [logs["budget", s].steps for s in seeds],
+        "all_steps": logs["every_step", seeds[0]].steps,
+        "budget_per_joint": [seconds["budget", s] / seconds["joint", s] for s in seeds],
+        "every_step_per_joint": [seconds["every_step", s] / seconds["joint", s] for s in seeds],
+        "distance_to_every_step": [ranked["budget", s].distance(ranked["every_step", s]) for s in seeds],
+        "distance_between_seeds": [ranked["every_step", s].distance(ranked["every_step", t]) for s, t in pairs],
+        "layers": len(ranked["joint", seeds[0]].layers),
+        "environment": environment("cpu"),
+    }
+
+
+def table(results: dict[str, Any]) -> str:
+    """The results as Markdown: time against T backward passes, in a training, and memory."""
+
+    def number(entry: dict[str, Any] | None, key: str, form: str = ".2f") -> str:
+        return "-" if entry is None or entry.get(key) is None else format(entry[key], form)
+
+    cases = results.get("cases", {})
+    shown = [r for r in ROWS if r not in {"joint", "plain"} and any(r in c["rows"] for c in cases.values())]
+    lines = ["Time of a step, as a ratio to T plain backward passes:", ""]
+    lines += ["| case | T | joint, ms | T passes, ms | " + " | ".join(f"`{r}`" for r in shown) + " | aim of `auto` |"]
+    lines += ["|---|--:|--:|--:|" + "--:|" * (len(shown) + 1)]
+    for name, c in cases.items():
+        rows = c["rows"]
+        cells = [number(rows.get(r), "per_plain") for r in shown]
+        base = [number(rows["joint"], "ms", ".0f"), number(rows["plain"], "ms", ".0f")]
+        lines.append(
+            f"| {name}: {c['title']} | {' | '.join([str(c['tasks']), *base, *cells, str(c['target'] or '-')])} |"
+        )
+    lines += ["", "Time of an average training step, as a ratio to the joint step:", ""]
+    lines += ["| case | T passes | `flat` | `auto` | `auto`, every=10 | `auto`, overhead=0.1 | one step of |"]
+    lines += ["|---|--:|--:|--:|--:|--:|--:|"]
+    for name, c in cases.items():
+        cells = [number(c["rows"][r], "per_joint") for r in ("plain", "flat", "auto")]
+        few, budget = c["sampled"]["every_10"], c["sampled"]["overhead_0.1"]
+        cells += [number(few, "per_joint"), number(budget, "per_joint"), str(budget["every"])]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    held = [r for r in MEMORY if r != "joint" and any("extra_mb" in c["rows"].get(r, {}) for c in cases.values())]
+    lines += ["", "Peak memory above that of the joint step, MB:", ""]
+    lines += ["| case | " + " | ".join(f"`{r}`" for r in held) + " |", "|---|" + "--:|" * len(held)]
+    for name, c in cases.items():
+        lines.append(f"| {name} | " + " | ".join(number(c["rows"].get(r), "extra_mb", ".0f") for r in held) + " |")
+    if run := results.get("run"):
+
+        def list_of(key: str) -> str:
+            return ", ".join(f"{v:.2f}" for v in run[key])
+
+        lines += [
+            "",
+            f"A training ({run['problem']}; seeds {', '.join(map(str, run['seeds']))}), probed with `overhead=0.1`, "
+            f"measured {', '.join(map(str, run['measured_steps']))} of {run['all_steps']} steps and took "
+            f"{list_of('budget_per_joint')} times the joint training; measuring every step took "
+            f"{list_of('every_step_per_joint')} times. Distance (Eq. 22) of its ranking of {run['layers']} layers to "
+            f"that of every step: {list_of('distance_to_every_step')}; between the seeds, measuring every step: "
+            f"{list_of('distance_between_seeds')}.",
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def put(text: str) -> None:
+    """Replace what stands between the marks in the docs."""
+    begin, end = MARKS
+    page = DOCS.read_text(encoding="utf-8") if DOCS.exists() else ""
+    if begin not in page or end not in page:
+        print(f"{DOCS} has no place for the table, between {begin} and {end}: not written.", file=sys.stderr)
+        return
+    head, rest = page.split(begin, 1)
+    DOCS.write_text(f"{head}{begin}\n{text}{end}{rest.split(end, 1)[1]}", encoding="utf-8")
+
+
+def load() -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
+    return found
+
+
+def keep(part: str, value: dict[str, Any]) -> None:
+    """Merge into the file: a case that was not run again stays as it is."""
+    results = load()
+    results[part] = {**results.get(part, {}), **value} if part == "cases" else value
+    if part == "cases":
+        order = list(workloads(quick=False))
+        results[part] = dict(sorted(results[part].items(), key=lambda c: order.index(c[0])))
+    RESULTS.parent.mkdir(exist_ok=True)
+    RESULTS.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--only", nargs="+", metavar="WORKLOAD")
-    parser.add_argument("--no-memory", action="store_true")
+    parser.add_argument("--only", nargs="+", metavar="CASE", help="cases whose names start with one of these")
+    parser.add_argument("--quick", action="store_true", help="small networks, few rounds; writes nothing")
+    parser.add_argument("--no-memory", action="store_true", help="no fresh processes for peaks")
+    parser.add_argument("--run", action="store_true", help="train with a budget, and without")
+    parser.add_argument("--table", action="store_true", help="print the file, and put it into the docs")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--peak", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    every = workloads(quick=arguments.quick)
+    if arguments.device != "cpu":
+        ORIGIN.append(torch.cuda.Event(enable_timing=True))
+        ORIGIN[0].record()
     if arguments.peak:
-        steps = Steps(every[arguments.peak[0]])
-        for _ in range(3):
-            getattr(steps, arguments.peak[1])()
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
-        return
-    names = [n for n in every if not arguments.only or any(n.startswith(o) for o in arguments.only)]
-    if "torchjd" not in rows_of(""):
-        print("TorchJD is not installed: its rows are left out.")
-    results: dict[str, object] = {}
-    print("| workload | row | ms | x joint | x T plain | target | every=10, x joint | extra MB |")
-    print("|---|---|---:|---:|---:|---:|---:|---:|")
-    for name in names:
-        found = time_rows(name, every[name])
-        rows = found["rows"]
-        assert isinstance(rows, dict)
+        print_peak(*arguments.peak, arguments)
+    elif arguments.table:
+        text = table(load())
+        print(text)
+        put(text)
+    elif arguments.run:
+        found = training(arguments)
+        print(table({"run": found}).partition("A training")[2])
+        if not arguments.quick:
+            keep("run", {"command": " ".join(["python", *sys.argv]), **found})
+    else:
+        measure(arguments)
+
+
+def measure(arguments: argparse.Namespace) -> None:
+    every = workloads(quick=arguments.quick)
+    done: dict[str, Any] = {}
+    for name, workload in every.items():
+        if arguments.only and not name.startswith(tuple(arguments.only)):
+            continue
+        found = time_rows(name, workload, arguments.device)
         if not arguments.no_memory:
-            base = peak(name, "joint", quick=arguments.quick)
-            for row, entry in rows.items():
-                entry["extra_mb"] = peak(name, row, quick=arguments.quick) - base
-        for row, e in rows.items():
-            target = TARGETS[name] if row == "auto" else {"flat": 1.9 if name == "e" else 1.2}.get(row)
-            print(
-                f"| {name} | {row} | {e['ms']:.0f} | {e['per_joint']:.2f} | {e['per_plain']:.2f} | {target or ''} "
-                f"| {e['every_10_per_joint']:.2f} | {e.get('extra_mb', float('nan')):.0f} |",
-                flush=True,
-            )
-        results[name] = found
-    if not arguments.quick:
-        RESULTS.mkdir(exist_ok=True)
-        machine = {"python": platform.python_version(), "torch": torch.__version__, "machine": platform.processor()}
-        content = {"command": " ".join(["python", *sys.argv]), "environment": machine, "workloads": results}
-        (RESULTS / "probe.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+            base = peak(name, "joint", arguments)
+            for row in MEMORY:
+                if row in found["rows"]:
+                    found["rows"][row]["extra_mb"] = peak(name, row, arguments) - base
+        found = {**found, "environment": environment(arguments.device), "command": " ".join(["python", *sys.argv])}
+        done[name] = found
+        print(table({"cases": {name: found}}), flush=True)
+        if not arguments.quick:
+            keep("cases", {name: found})
+    if missing("torchjd"):
+        print("TorchJD is not installed: its rows were left out.")
 
 
 if __name__ == "__main__":
