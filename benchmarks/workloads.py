@@ -97,7 +97,7 @@ def workloads(*, quick: bool) -> dict[str, Workload]:
 
     def celeba(tasks: int) -> Workload:
         title = f"ResNet18 3x64x64, batch {batch // 2}"
-        rounds = {2: 7, 8: 5, 16: 4, 40: 3}[tasks]
+        rounds = {2: 7, 8: 5, 16: 3, 40: 2}[tasks]
         return Workload(
             title,
             tasks,

@@ -202,6 +202,9 @@ class Shared:
             cost: Of keeping the gradients of all tasks at a wanted node.
             limit: Largest sum per stage; a single node that costs more makes a stage of its own at best.
         """
+        every = [n for n in self.graph.order if n in self.wanted and many(self.graph.masks[n])]
+        if sum(map(cost, every)) <= limit:
+            return [Stage(frozenset(self.position), (), tuple(every))]
         n = max(len(self.position), 1)  # behind a split of the first layer nothing is shared but parameters
         where: dict[Node, int] = {}
         blocked = [0] * (n + 1)  # cut p separates positions < p from positions >= p

@@ -318,6 +318,12 @@ class Sweep:
         return after
 
     def _store_rows(self, part: _Part, i: int, grads: Mapping[int, Tensor | None]) -> None:
+        found = [grads.get(j) for j in part.flat]
+        plain = [g for g in found if g is not None and g.layout == torch.strided and g.dtype == part.rows.dtype]
+        if plain and len(plain) == len(found):  # one call instead of one per parameter
+            self.dense.update(part.flat)
+            torch.cat([g.reshape(-1) for g in plain], out=part.rows[i])
+            return
         sizes = [real_numel(self.layout.shared[j][1]) for j in part.flat]
         for j, piece in zip(part.flat, part.rows[i].split(sizes) if sizes else (), strict=True):
             grad = grads.get(j)
@@ -348,19 +354,21 @@ class Sweep:
         """Add a stage's layers to the Grams, and write their part of the update."""
         layout, column = self.layout, 0
         with full_precision(layout.device):
-            for k, group in groupby(part.flat, key=lambda j: layout.owner[j]):
-                for run in _consecutive(list(group)):
-                    place = slice(layout.starts[run[0]], layout.at(run[-1]).stop)
-                    rows = part.rows[:, column : column + place.stop - place.start]
-                    column += rows.shape[1]
-                    if gram is not None:
-                        gram[k].addmm_(rows, rows.T)
-                    if total is None:
-                        continue
-                    if weights is None:
-                        torch.sum(rows, 0, out=total[place])
-                    else:
-                        torch.mv(rows.T, weights, out=total[place])
+            if gram is not None:
+                for k, group in groupby(part.flat, key=lambda j: layout.owner[j]):
+                    size = sum(real_numel(layout.shared[j][1]) for j in group)
+                    rows = part.rows[:, column : column + size]
+                    gram[k].addmm_(rows, rows.T)
+                    column += size
+            column = 0
+            for run in _consecutive(part.flat):
+                place = slice(layout.starts[run[0]], layout.at(run[-1]).stop)
+                rows = part.rows[:, column : column + place.stop - place.start]
+                column += rows.shape[1]
+                if total is not None and weights is None:
+                    torch.sum(rows, 0, out=total[place])
+                elif total is not None and weights is not None:
+                    torch.mv(rows.T, weights, out=total[place])
             for (j, bias, site), saved, grads in zip(part.sites, part.inputs, part.grads, strict=True):
                 if gram is not None:
                     gram[layout.owner[j]] += site_gram(site.input_gram(saved), grads, bias=bias is not None)
@@ -390,7 +398,7 @@ def _inner(first: Sequence[Tensor], second: Sequence[Tensor]) -> Tensor:
 
 
 def _consecutive(positions: list[int]) -> list[list[int]]:
-    runs = [positions[:1]]
+    runs = [positions[:1]] if positions else []
     for before, here in pairwise(positions):
         if here == before + 1:
             runs[-1].append(here)
