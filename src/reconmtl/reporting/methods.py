@@ -1,0 +1,150 @@
+"""The comparison: a table of methods, and what each gains for its size."""
+
+from __future__ import annotations
+
+import math
+
+from reconmtl.comparing import Comparison, Row, Spread
+from reconmtl.reporting import commands
+from reconmtl.reporting.axes import steps, ticks_of
+from reconmtl.reporting.markup import Html, join, tag
+from reconmtl.reporting.material import Material
+from reconmtl.reporting.words import Section, minus, plural, signed
+
+
+def best_rows(comparison: Comparison) -> dict[int, set[int]]:
+    """Rows with the best mean, per column of `Comparison.header()` that holds a metric or delta-m."""
+    out: dict[int, set[int]] = {}
+    columns: list[tuple[str, list[Spread | None]]] = [
+        (comparison.directions[t][m], [r.metrics[t, m] for r in comparison.rows]) for t, m in comparison.rows[0].metrics
+    ]
+    columns.append(("max", [r.delta_m for r in comparison.rows]))
+    for i, (best, spreads) in enumerate(columns, start=1):
+        means = {k: s.mean for k, s in enumerate(spreads) if s is not None and math.isfinite(s.mean)}
+        if len(means) > 1:
+            wanted = (max if best == "max" else min)(means.values())
+            out[i] = {k for k, v in means.items() if v == wanted}
+    return out
+
+
+def table(comparison: Comparison) -> Html:
+    """The rows of a comparison; the best of each column stands out."""
+    best = best_rows(comparison)
+    header = tag("tr", [tag("th", minus(h), scope="col") for h in comparison.header()])
+    body = []
+    for k, cells in enumerate(comparison.cells()):
+        first, *rest = cells
+        values = [
+            tag("td", minus(cell), cls="best" if k in best.get(i, set()) else None)
+            for i, cell in enumerate(rest, start=1)
+        ]
+        body.append(tag("tr", tag("th", first, scope="row"), values))
+    return tag("div", tag("table", tag("thead", header), tag("tbody", body)), cls="scroll table", tabindex=0)
+
+
+def gains(comparison: Comparison) -> Html | None:
+    """Delta-m of each method as a dot with its spread; None without a baseline."""
+    rows = [r for r in comparison.rows if r.delta_m is not None and math.isfinite(r.delta_m.mean)]
+    if len(rows) < 2:
+        return None
+    spans = [_span(r.delta_m) for r in rows if r.delta_m is not None]
+    values = steps(min(0.0, *(a for a, _ in spans)), max(0.0, *(b for _, b in spans)), about=5)
+    low, high = values[0], values[-1]
+
+    def at(value: float) -> str:
+        return f"{2 + 96 * (value - low) / (high - low):.4g}%"
+
+    ticks = [tag("span", t, style=f"left:{at(v)}") for v, t in zip(values, ticks_of(values), strict=True)]
+    lines = [tag("div", tag("span"), tag("div", ticks, cls="xticks top"), tag("b", "size"), cls="gain header")]
+    for row in rows:
+        assert row.delta_m is not None
+        a, b = _span(row.delta_m)
+        zero = at(0.0)
+        kind = "less" if row.delta_m.mean < 0 else "more"
+        picture = tag(
+            "svg",
+            tag("line", x1=zero, x2=zero, y1=0, y2=24, cls="cut"),
+            tag("line", x1=at(a), x2=at(b), y1=12, y2=12, cls=f"range {kind}"),
+            tag("circle", cx=at(row.delta_m.mean), cy=12, r=5, cls=kind),
+            height=24,
+            aria_hidden="true",
+        )
+        seeds = plural(row.delta_m.n, "seed")
+        tip = f"{row.label}\nΔm {row.delta_m.show(2, sign=True)} % over {seeds}\n{row.megabytes:,.3f} MB"
+        lines.append(
+            tag(
+                "div",
+                tag("div", row.label, cls="name"),
+                picture,
+                tag("b", f"{row.megabytes:,.2f} MB"),
+                cls="gain",
+                data_tip=minus(tip),
+            )
+        )
+    title = tag("h3", "Δm", tag("span", f"% better than {comparison.baseline}, mean ± sd over seeds"))
+    return tag("div", title, lines, cls="gains")
+
+
+def _span(spread: Spread) -> tuple[float, float]:
+    sd = spread.sd if math.isfinite(spread.sd) else 0.0
+    return spread.mean - sd, spread.mean + sd
+
+
+def conclusion(comparison: Comparison) -> str:
+    """Which method is best, against joint training where there is one, and by how much more than the seeds spread."""
+    ranked = [r for r in comparison.rows if r.delta_m is not None and math.isfinite(r.delta_m.mean)]
+    if len(ranked) < 2:
+        names = plural(len(comparison.rows), "method")
+        return f"{names} stand side by side; without a single-task baseline there is no Δm to order them by."
+    several = [r for r in ranked if r.label != comparison.baseline] or ranked
+    best = max(several, key=lambda r: r.delta_m.mean if r.delta_m is not None else -math.inf)
+    joint = next((r for r in ranked if r.label == "joint"), None)
+    against = f"The largest gain is that of {best.label}: Δm {_shown(best)} relative to {comparison.baseline}"
+    if joint is None or joint is best:
+        return f"{against}; it has {_size(best, ranked, comparison.baseline)}."
+    assert best.delta_m is not None
+    assert joint.delta_m is not None
+    gap = best.delta_m.mean - joint.delta_m.mean
+    spread = math.hypot(*(s for s in (best.delta_m.sd, joint.delta_m.sd) if math.isfinite(s)))
+    if min(best.delta_m.n, joint.delta_m.n) < 2:
+        sure = "one seed says nothing about the spread"
+    else:
+        sure = f"{'more' if gap > spread else 'less'} than their spread over seeds (±{spread:.2f})"
+    return (
+        f"{against}, {gap:.2f} points above joint training ({_shown(joint)}), {sure}; it has "
+        f"{_size(best, ranked, 'joint')}."
+    )
+
+
+def _shown(row: Row) -> str:
+    assert row.delta_m is not None
+    sd = f" ± {row.delta_m.sd:.2f}" if math.isfinite(row.delta_m.sd) else ""
+    return f"{signed(row.delta_m.mean)}{sd} %"
+
+
+def _size(row: Row, rows: list[Row], other: str | None) -> str:
+    base = next((r for r in rows if r.label == other), None)
+    if base is None or not base.megabytes:
+        return f"{row.megabytes:,.2f} MB of parameters"
+    change = row.megabytes / base.megabytes - 1
+    return f"{abs(change):.1%} {'more' if change >= 0 else 'fewer'} parameters than {other}".replace("%", " %")
+
+
+def section(material: Material) -> Section:
+    """The comparison's part of the page."""
+    found = material.comparison
+    return Section(
+        key="comparison",
+        short="Methods",
+        title="Methods side by side",
+        body=None if found is None else join(gains(found), table(found)),
+        conclusion=f"There is no comparison. {material.refused}" if found is None else conclusion(found),
+        command=commands.control(material),
+        purpose="Compare with splits of the same size at other layers",
+        reading=(
+            "Arrows say which direction is better; values are mean ± standard deviation over n seeds, and the best of a "
+            "column stands out. Δm is the average relative change of the metrics against the baseline, in percent, and "
+            "positive is better. #P is the size of the trained parameters. The column cos counts the gradient pairs in "
+            "conflict while training."
+        ),
+    )
