@@ -11,6 +11,7 @@ from torch import Tensor
 
 from reconmtl.conflicts import ConflictLog
 from reconmtl.plan import Plan
+from reconmtl.reporting.material import Material
 
 
 def grams(*, steps: int, layers: int, tasks: int, seed: int = 0, pull: float = 1.0) -> Tensor:
@@ -21,14 +22,16 @@ def grams(*, steps: int, layers: int, tasks: int, seed: int = 0, pull: float = 1
     generator = torch.Generator().manual_seed(seed)
     size = 24
     camps = torch.randn(3, size, generator=generator)
+    camps = camps - camps.mean(0)
     camp = torch.arange(tasks) % 3
     rows, columns = torch.triu_indices(tasks, tasks)
-    heat = torch.tensor([1.0 if k % 3 == 1 else 0.35 - 0.25 * k / layers for k in range(layers)])
+    own = torch.rand(layers, generator=generator)
+    heat = torch.tensor([1.0 if k % 3 == 1 else 0.5 - 0.3 * k / layers for k in range(layers)]) * (0.55 + 0.45 * own)
     out = []
     for step in range(steps):
         strength = pull * heat * (1.2 - 0.8 * step / steps)
         noise = torch.randn(layers, tasks, size, generator=generator)
-        gradients = noise + 0.5 * torch.randn(layers, 1, size, generator=generator)
+        gradients = noise + 0.25 * torch.randn(layers, 1, size, generator=generator)
         gradients = gradients + 0.9 * strength[:, None, None] * camps[camp]
         out.append((gradients @ gradients.transpose(1, 2))[:, rows, columns])
     return torch.stack(out)
@@ -66,16 +69,23 @@ def write_study(
 ) -> Path:
     """A study as `reconmtl run` leaves it: single, joint, recon and random under some seeds, log and plan."""
     log = conflict_log(tasks=tasks, layers=layers, steps=steps)
-    log = log.counted() if counted else log
+    if counted:
+        first, *rest = (log.window(k, k + 8) for k in range(0, steps, 8))
+        log = first.counted().merge([part.counted() for part in rest])
     log.save(folder / "log")
     k = max(1, len(layers) // 3)
     plan = log.rank(severity=-0.1).top(k)
     if groups and len(tasks) > 2:
         halves = [list(tasks[::2]), list(tasks[1::2])]
-        plan = Plan(tasks=tasks, layers={n: halves for n in plan.layers}, chosen=plan.chosen)
+        plan = Plan(tasks=tasks, layers=dict.fromkeys(plan.layers, halves), chosen=plan.chosen)
     plan.save(folder / "plan.json")
     methods = {"single": None, "joint": None, "recon": plan, "random": Plan.random_layers(log, k)}
-    study = {"format": "reconmtl.study/1", "problem": "made.py:up", "options": {}, "methods": list(methods)}
+    study: dict[str, object] = {
+        "format": "reconmtl.study/1",
+        "problem": "made.py:up",
+        "options": {},
+        "methods": list(methods),
+    }
     study |= {"norm_stats": "per-task", "severity": -0.1, "epochs": 6, "preset": None, "seeds": list(seeds)}
     _write(folder / "config.json", study)
     command = ["/bin/reconmtl", "run", "made.py:up", "--epochs", "6", "--out", str(folder)]
@@ -85,9 +95,16 @@ def write_study(
         for seed in seeds:
             run = folder / method / f"seed{seed}"
             rise = [0.55 + 0.06 * e - 0.004 * e * e + (0.02 if of is plan else 0.0) for e in range(1, 7)]
-            metrics = {t: {"acc": 100 * (rise[-1] + 0.003 * seed - 0.02 * (place == 1)) - i % 7} for i, t in enumerate(tasks)}
+            metrics = {
+                t: {"acc": 100 * (rise[-1] + 0.003 * seed - 0.02 * (place == 1)) - i % 7} for i, t in enumerate(tasks)
+            }
             lines = [
-                {"epoch": e, "tasks": list(tasks), "loss": 1.0 / e, "test": {t: {"acc": 100 * a - i % 7} for i, t in enumerate(tasks)}}
+                {
+                    "epoch": e,
+                    "tasks": list(tasks),
+                    "loss": 1.0 / e,
+                    "test": {t: {"acc": 100 * a - i % 7} for i, t in enumerate(tasks)},
+                }
                 for e, a in enumerate(rise, start=1)
             ]
             _write(run / "config.json", {"problem": "made.py:up", "recipe": {"epochs": 6}, "norm_stats": "per-task"})
@@ -97,7 +114,9 @@ def write_study(
             if method != "single":
                 kept = [n for n in layers if of is None or n not in of.layers]
                 pull = 0.6 if of is plan else 1.0
-                conflict_log(tasks=tasks, layers=kept, steps=max(8, steps // 4), seed=7 + seed, pull=pull).save(run / "log")
+                conflict_log(tasks=tasks, layers=kept, steps=max(8, steps // 4), seed=7 + seed, pull=pull).save(
+                    run / "log"
+                )
             _write(
                 run / "result.json",
                 {
@@ -120,3 +139,28 @@ def write_study(
 def _write(path: Path, content: object) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content))
+
+
+def material(log: ConflictLog | None, plan: Plan | None = None, severity: float = -0.1) -> Material:
+    return Material(
+        runs=(),
+        comparison=None,
+        refused="",
+        log=log,
+        log_source="",
+        plan=plan,
+        severity=severity,
+        curves=(),
+        problem="",
+        command=None,
+    )
+
+
+def gappy(steps: int = 70, layers: int = 5) -> ConflictLog:
+    """A log in which one task never reaches the first layer, and another layer is silent in one step."""
+    log = conflict_log(tasks=("a", "b", "c", "d"), layers=network_names(layers), steps=steps)
+    grams = log.grams.clone()
+    rows, columns = torch.triu_indices(4, 4)
+    grams[:, 0, (rows == 1) | (columns == 1)] = torch.nan
+    grams[-1, 2] = 0.0
+    return ConflictLog(grams, tasks=("a", "b", "c", "d"), layers=log.layers, sizes=log.sizes, types=log.types, every=2)

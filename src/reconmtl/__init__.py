@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from reconmtl.probing import Probe
     from reconmtl.problem import Metric, Problem, Recipe, Task
     from reconmtl.ranking import Ranking
+    from reconmtl.reporting import report
     from reconmtl.runs import Run
     from reconmtl.splitting import check_optimizer, cost, split, split_optimizer, verify, view
     from reconmtl.train import fit, open_run, probe
@@ -53,6 +54,7 @@ _HOME = {
     "layer_table": "checking",
     "open_run": "train",
     "probe": "train",
+    "report": "reporting",
     "split": "splitting",
     "split_optimizer": "splitting",
     "verify": "splitting",
@@ -82,6 +84,7 @@ __all__ = [
     "layer_table",
     "open_run",
     "probe",
+    "report",
     "split",
     "split_optimizer",
     "verify",

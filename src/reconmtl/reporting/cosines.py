@@ -16,7 +16,7 @@ from reconmtl.reporting import commands
 from reconmtl.reporting.axes import Scale, frame, steps, ticks_of
 from reconmtl.reporting.markup import Html, tag
 from reconmtl.reporting.material import Material
-from reconmtl.reporting.words import Section, percent, plural
+from reconmtl.reporting.words import Section, minus, percent, plural
 
 BARS = 40
 """Bars of a histogram, about."""
@@ -165,7 +165,7 @@ class Distributions:
         zero = tag("line", x1=x(0), x2=x(0), y1=0, y2=1000, cls="zero") if x.low < 0 < x.high else None
         x_values = [v for v in steps(x.low, x.high, about=6) if x.low - 1e-9 <= v <= x.high + 1e-9]
         role = "before" if i == 0 and self.after is not None else "after" if i == self.after else None
-        note = tag("div", tag("b", percent(row.below)), f" below {THRESHOLD:g}".replace("-", "\u2212"), cls="callout")
+        note = tag("p", tag("b", percent(row.below)), minus(f" of the pairs lie below {THRESHOLD:g}"), cls="callout")
         plot = frame(
             bars,
             zero,
@@ -176,14 +176,13 @@ class Distributions:
             x_label="cosine of two tasks' whole shared gradients",
             y_label="share of pairs",
             name=f"Distribution of cosines, {row.label}",
-            over=note,
             height=170,
         )
         seeds = plural(len(row.by_seed), "seed")
         heading = tag(
             "h3", tag("em", role) if role else None, row.label, tag("span", f"{seeds}, {plural(row.total, 'pair')}")
         )
-        return tag("div", heading, plot, cls="panel")
+        return tag("div", heading, note, plot, cls="panel")
 
 
 def _edges(counts: Sequence[npt.NDArray[np.int64]]) -> Shares:
@@ -211,7 +210,7 @@ def section(material: Material) -> Section:
         command=commands.control(material),
         purpose="See what a split of other layers does to the same distribution",
         reading=(
-            "Each step and pair of tasks gives one cosine of the gradients over everything that is still shared. Left of "
+            "Each step and pair of tasks gives one cosine of the gradients over all that is still shared. Left of "
             "zero (orange) the tasks pull apart, right of it (blue) together. A split that works moves weight to the "
             "right. The bars at both ends hold what lies beyond them."
         ),

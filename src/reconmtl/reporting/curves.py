@@ -100,9 +100,10 @@ class Scores:
         lines = []
         for i in sorted(range(len(self.layers)), key=lambda i: (i in named, bool(self.split[i]))):
             points = [(x(float(a)), y(float(b))) for a, b in zip(self.middles, self.rates[:, i], strict=True)]
+            kept = "split" if self.split[i] else "shared"
             tip = (
-                f"{self.layers[i]}\n{'split' if self.split[i] else 'shared'}\n{percent(float(self.totals[i]))} over all "
-                f"steps; {percent(float(self.rates[0, i]))} at first, {percent(float(self.rates[-1, i]))} at last"
+                f"{self.layers[i]}\n{kept}\n{percent(float(self.totals[i]))} over all steps; "
+                f"{percent(float(self.rates[0, i]))} at first, {percent(float(self.rates[-1, i]))} at last"
             )
             kind = ("curve split" if self.split[i] else "curve") + (" strong" if i in named else "")
             lines.append(tag("g", polyline(points, cls=kind), polyline(points, cls="catch"), data_tip=tip))
@@ -129,7 +130,7 @@ class Scores:
             name=f"Conflict rate of {plural(len(self.layers), 'layer')} over training",
             over=labels,
             height=280,
-            right=150,
+            right=168,
         )
         key = tag(
             "p", tag("i", cls="dash split"), "split by the plan", tag("i", cls="dash"), "stays shared", cls="keys"

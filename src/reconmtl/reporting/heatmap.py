@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +22,9 @@ SHADES = 9
 ROWS = 120
 """Layers that are drawn at most: those with most conflicts."""
 
+GIVEN = 8
+"""Tasks that keep the order they were given in; more are ordered by whom they conflict with."""
+
 ROW, CELL = 16, 17
 """Height of a layer and side of a pair, pixels."""
 
@@ -34,7 +37,7 @@ class Heatmap:
         windows: The counts, of the layers that are drawn.
         layers: Their names, in network order.
         left_out: Layers that are not drawn, for there are too many.
-        tasks: Names.
+        tasks: Names, so ordered that those which conflict with the same others stand together.
         severity: S.
         every: One of how many training steps was measured.
         split: Layers that the plan splits.
@@ -65,9 +68,10 @@ class Heatmap:
             windows.pair_measured[:, kept],
             windows.error,
         )
+        tasks, chosen = _ordered(log.tasks, chosen)
         split = frozenset() if material.plan is None else frozenset(material.plan.layers)
         names = tuple(log.layers[i] for i in kept)
-        return cls(chosen, names, len(log.layers) - len(kept), log.tasks, material.severity, log.every, split)
+        return cls(chosen, names, len(log.layers) - len(kept), tasks, material.severity, log.every, split)
 
     @property
     def pairs(self) -> list[tuple[str, str]]:
@@ -97,7 +101,8 @@ class Heatmap:
         least = int(np.nanargmin(rates))
         parts = [
             f"Conflicts (cos < {self.severity:g}) are most frequent at {self.layers[best]}, "
-            f"{percent(float(rates[best]))} of its pairs, and rarest at {self.layers[least]}, {percent(float(rates[least]))}"
+            f"{percent(float(rates[best]))} of its pairs, and rarest at {self.layers[least]}, "
+            f"{percent(float(rates[least]))}"
         ]
         time = ratio(self.windows.below.sum(1), self.windows.measured.sum(1))
         if len(time) > 3:
@@ -173,7 +178,13 @@ class Heatmap:
         borders = self.windows.borders
         end = int(borders[-1])
         ticks = [
-            tag("span", f"{t * self.every:,}", style=f"left:{100 * t / end:.4g}%") for t in whole_steps(0, end, about=5)
+            tag(
+                "span",
+                f"{t * self.every:,}",
+                style=f"left:{100 * t / end:.4g}%",
+                cls="last" if t > 0.96 * end else None,
+            )
+            for t in whole_steps(0, end, about=5)
         ]
         svg = tag(
             "svg",
@@ -270,6 +281,26 @@ def _most(windows: Windows) -> list[int]:
     return sorted(int(i) for i in order)
 
 
+def _ordered(tasks: tuple[str, ...], windows: Windows) -> tuple[tuple[str, ...], Windows]:
+    """Tasks and their pairs along the second eigenvector of the graph of peace (its Laplacian), if there are many."""
+    n = len(tasks)
+    if n <= GIVEN:
+        return tasks, windows
+    rows, columns = np.triu_indices(n, 1)
+    rates = np.nan_to_num(ratio(windows.pair_below.sum((0, 1)), windows.pair_measured.sum((0, 1))))
+    peace = np.zeros((n, n))
+    peace[rows, columns] = peace[columns, rows] = rates.max(initial=0.0) - rates
+    _, vectors = np.linalg.eigh(np.diag(peace.sum(1)) - peace)
+    order = np.argsort(vectors[:, 1] * (1 if vectors[0, 1] <= 0 else -1), kind="stable")
+    place = np.zeros((n, n), dtype=np.int64)
+    place[rows, columns] = place[columns, rows] = np.arange(len(rows))
+    pairs = place[order[rows], order[columns]]
+    moved = replace(
+        windows, pair_below=windows.pair_below[:, :, pairs], pair_measured=windows.pair_measured[:, :, pairs]
+    )
+    return tuple(tasks[i] for i in order), moved
+
+
 def packed(values: npt.NDArray[np.int64]) -> dict[str, object]:
     """Whole numbers as {bytes per number, base64}; if all are the same, that number."""
     flat = values.reshape(-1)
@@ -298,9 +329,9 @@ def legend(identifier: str, top: float, what: str) -> Html:
     """A colour scale with its ends."""
     return tag(
         "div",
-        tag("span", "0 %"),
+        tag("span", "0\u00a0%"),
         tag("span", [tag("i", cls=f"q{k}") for k in range(SHADES)], cls="scale"),
-        tag("span", f"{100 * top:.4g} %", cls="top"),
+        tag("span", f"{100 * top:.4g}\u00a0%", cls="top"),
         tag("span", what, cls="what"),
         cls="legend",
         id=identifier,
@@ -323,12 +354,17 @@ def section(material: Material, windows: Windows | None) -> Section:
         purpose="Count conflicts at another severity S",
         reading=(
             "A row is a layer, a column a stretch of training; the darker (on a dark page: the brighter) a cell, the "
-            f"larger the share of gradient pairs there whose cosine lies below S = {material.severity:g}. Dots mark layers "
+            f"larger the share of pairs whose cosine lies below S = {material.severity:g}. Dots mark layers "
             "that the plan splits. "
         )
         + (
             "The square beside it shows which tasks fight: choose a layer, a time or both on the left and it shows "
             "that part; choose a pair in it and the left shows that pair."
+            + (
+                " Tasks that conflict with the same others stand together."
+                if several and len(material.tasks) > GIVEN
+                else ""
+            )
             if several
             else "With two tasks there is one pair, so the rows are the whole story."
         ),

@@ -24,9 +24,9 @@ Child = Html | str | None | Iterable["Child"]
 
 
 def escaped(text: str) -> str:
-    """Text for an element or a quoted attribute; what no page may hold (control characters) is shown as U+FFFD."""
-    seen = "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
-    return html.escape(seen.encode("utf-8", "replace").decode("utf-8"))
+    """Text for an element or a quoted attribute; what does not show (controls, marks of direction) becomes U+FFFD."""
+    seen = "".join(c if c.isprintable() or c in "\n\t\u00a0" else "\ufffd" for c in text)
+    return html.escape(seen)
 
 
 def join(*children: Child) -> Html:

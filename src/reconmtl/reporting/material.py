@@ -192,6 +192,7 @@ def _read(
         inside.sort(key=lambda f: place.get(f.parent.name, len(place)))
     finished = [f for f in inside if (f / "result.json").exists()]
     runs += [Run.load(f) for f in finished]
+    studies += [s for f in finished for s in (_study_of(f),) if s is not None]
     remarks += [f"{f} holds no result yet; continue it with --resume." for f in inside if f not in finished]
     if (path / "log" / "log.json").exists() and not study:
         logs.append((path / "log", ConflictLog.load(path / "log")))
@@ -266,7 +267,7 @@ def _curve(folder: Path | None) -> Iterator[Point]:
         lines = path.read_text(encoding="utf-8").splitlines()
         for number, line in enumerate(lines, start=1):  # noqa: B007 the message below names it
             entry = json.loads(line)
-            if "test" not in entry:
+            if "test" not in entry.keys():  # noqa: SIM118 a list has none either, but is no entry
                 continue
             values = {str(t): {str(m): float(v) for m, v in of.items()} for t, of in entry["test"].items()}
             merged.setdefault(int(entry["epoch"]), {}).update(values)

@@ -9,7 +9,10 @@ from reconmtl.reporting import commands
 from reconmtl.reporting.axes import steps, ticks_of
 from reconmtl.reporting.markup import Html, join, tag
 from reconmtl.reporting.material import Material
-from reconmtl.reporting.words import Section, minus, plural, signed
+from reconmtl.reporting.words import Section, minus, percent, plural, signed
+
+FEW = 3
+"""Metrics that stand before the columns that sum them up."""
 
 
 def best_rows(comparison: Comparison) -> dict[int, set[int]]:
@@ -29,17 +32,16 @@ def best_rows(comparison: Comparison) -> dict[int, set[int]]:
 
 def table(comparison: Comparison) -> Html:
     """The rows of a comparison; the best of each column stands out."""
-    best = best_rows(comparison)
-    header = tag("tr", [tag("th", minus(h), scope="col") for h in comparison.header()])
+    best, header = best_rows(comparison), comparison.header()
+    columns, metrics = list(range(1, len(header))), len(comparison.rows[0].metrics)
+    if metrics > FEW:  # what sums them up comes first
+        columns = [*columns[metrics:], *columns[:metrics]]
+    top = tag("tr", tag("th", header[0], scope="col"), [tag("th", minus(header[i]), scope="col") for i in columns])
     body = []
     for k, cells in enumerate(comparison.cells()):
-        first, *rest = cells
-        values = [
-            tag("td", minus(cell), cls="best" if k in best.get(i, set()) else None)
-            for i, cell in enumerate(rest, start=1)
-        ]
-        body.append(tag("tr", tag("th", first, scope="row"), values))
-    return tag("div", tag("table", tag("thead", header), tag("tbody", body)), cls="scroll table", tabindex=0)
+        values = [tag("td", minus(cells[i]), cls="best" if k in best.get(i, set()) else None) for i in columns]
+        body.append(tag("tr", tag("th", cells[0], scope="row"), values))
+    return tag("div", tag("table", tag("thead", top), tag("tbody", body)), cls="scroll table", tabindex=0)
 
 
 def gains(comparison: Comparison) -> Html | None:
@@ -63,10 +65,10 @@ def gains(comparison: Comparison) -> Html | None:
         kind = "less" if row.delta_m.mean < 0 else "more"
         picture = tag(
             "svg",
-            tag("line", x1=zero, x2=zero, y1=0, y2=24, cls="cut"),
-            tag("line", x1=at(a), x2=at(b), y1=12, y2=12, cls=f"range {kind}"),
-            tag("circle", cx=at(row.delta_m.mean), cy=12, r=5, cls=kind),
-            height=24,
+            tag("line", x1=zero, x2=zero, y1=0, y2=28, cls="cut"),
+            tag("line", x1=at(a), x2=at(b), y1=14, y2=14, cls=f"range {kind}"),
+            tag("circle", cx=at(row.delta_m.mean), cy=14, r=5, cls=kind),
+            height=28,
             aria_hidden="true",
         )
         seeds = plural(row.delta_m.n, "seed")
@@ -118,8 +120,8 @@ def conclusion(comparison: Comparison) -> str:
 
 def _shown(row: Row) -> str:
     assert row.delta_m is not None
-    sd = f" ± {row.delta_m.sd:.2f}" if math.isfinite(row.delta_m.sd) else ""
-    return f"{signed(row.delta_m.mean)}{sd} %"
+    sd = f"\u00a0±\u00a0{row.delta_m.sd:.2f}" if math.isfinite(row.delta_m.sd) else ""
+    return f"{signed(row.delta_m.mean)}{sd}\u00a0%"
 
 
 def _size(row: Row, rows: list[Row], other: str | None) -> str:
@@ -127,7 +129,7 @@ def _size(row: Row, rows: list[Row], other: str | None) -> str:
     if base is None or not base.megabytes:
         return f"{row.megabytes:,.2f} MB of parameters"
     change = row.megabytes / base.megabytes - 1
-    return f"{abs(change):.1%} {'more' if change >= 0 else 'fewer'} parameters than {other}".replace("%", " %")
+    return f"{percent(abs(change))} {'more' if change >= 0 else 'fewer'} parameters than {other}"
 
 
 def section(material: Material) -> Section:
@@ -142,7 +144,7 @@ def section(material: Material) -> Section:
         command=commands.control(material),
         purpose="Compare with splits of the same size at other layers",
         reading=(
-            "Arrows say which direction is better; values are mean ± standard deviation over n seeds, and the best of a "
+            "Arrows say which direction is better; values are mean ± standard deviation over n seeds, the best of a "
             "column stands out. Δm is the average relative change of the metrics against the baseline, in percent, and "
             "positive is better. #P is the size of the trained parameters. The column cos counts the gradient pairs in "
             "conflict while training."

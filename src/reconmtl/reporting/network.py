@@ -184,13 +184,13 @@ class Lanes:
 
     def piece(self, before: Partition | None, here: Partition | None, *, node: bool) -> Html:
         """One layer's piece: lines come from where they were, bend, and pass a mark per copy."""
-        old, new = self._places(before), self._places(here)
+        old, new = self.places(before), self.places(here)
         paths = [
             tag("path", d=f"M{a:g} 0C{a:g} 7 {b:g} 4 {b:g} 12V{HEIGHT}", cls=f"c{i}" if self.coloured else "many")
             for i, (a, b) in enumerate(zip(old, new, strict=True))
         ]
         marks = []
-        for members in self._bundles(here):
+        for members in self.bundles(here):
             at = [new[i] for i in members]
             left, right = min(at) - 4, max(at) + 4
             marks.append(tag("rect", x=left, y=13.0, width=right - left, height=8, rx=4))
@@ -205,7 +205,7 @@ class Lanes:
             aria_hidden="true",
         )
 
-    def _bundles(self, groups: Partition | None) -> list[list[int]]:
+    def bundles(self, groups: Partition | None) -> list[list[int]]:
         """Lines that run together, as positions."""
         if groups is None or len(groups) < 2:
             return [list(range(self.lines))]
@@ -214,14 +214,17 @@ class Lanes:
         n = min(len(groups), self.lines)  # too many to draw each: lines are dealt out to as many bundles
         return [[i for i in range(self.lines) if i * n // self.lines == k] for k in range(n)]
 
-    def _places(self, groups: Partition | None) -> list[float]:
+    def places(self, groups: Partition | None) -> list[float]:
         """Where each line runs, pixels."""
         middle, tight = WIDTH / 2, 3.4 if self.coloured else 1.6
-        apart = (WIDTH - 16) / max(1, self.lines - 1)
         out = [0.0] * self.lines
-        for members in self._bundles(groups):
-            wide = [8 + i * apart for i in members]
-            centre = middle if groups is None or len(groups) < 2 else sum(wide) / len(wide)
+        bundles = self.bundles(groups)
+        wide = [(len(members) - 1) * tight + 8 for members in bundles]
+        gap = (WIDTH - 6 - sum(wide)) / max(1, len(bundles) - 1)
+        left = 3.0
+        for members, width in zip(bundles, wide, strict=True):
+            centre = middle if len(bundles) == 1 else left + width / 2
+            left += width + gap
             for k, i in enumerate(members):
                 out[i] = round(centre + (k - (len(members) - 1) / 2) * tight, 2)
         return out
@@ -243,7 +246,7 @@ def section(material: Material) -> Section:
         purpose="Split fewer layers and see whether the gain stays",
         reading=(
             "Layers stand in the order in which the network defines them, from input to output. Each task is a line. "
-            "Lines that run together share a layer's weights; where they part, each has a copy of its own. The bar is the "
+            "Lines that run together share a layer's weights; where they part, each has its own copy. The bar is the "
             "share of gradient pairs that conflict at the layer, and the number beside it how many did."
         ),
     )

@@ -74,7 +74,7 @@
     }
     return [found, there];
   };
-  const percent = (found, there) => (there ? `${((100 * found) / there).toFixed(2)} %` : "n/a");
+  const percent = (found, there) => (there ? `${((100 * found) / there).toFixed(2)}\u00a0%` : "n/a");
   const number = (n) => n.toLocaleString("en-US");
   const steps = (t) => {
     const from = data.borders[t] * data.every + 1, to = data.borders[t + 1] * data.every;
@@ -96,7 +96,7 @@
     values.forEach((v, i) => {
       for (let k = 0; k < cellsPerValue; k++) cells[i * cellsPerValue + k].setAttribute("class", shade(v[0], v[1], top));
     });
-    legend.querySelector(".top").textContent = `${+(100 * top).toPrecision(4)} %`;
+    legend.querySelector(".top").textContent = `${+(100 * top).toPrecision(4)}\u00a0%`;
   };
   const mark = (svg, x, y, width, height) => {
     const box = svg.querySelector(".chosen");

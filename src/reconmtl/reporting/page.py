@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import math
+import re
 import shlex
 from collections.abc import Sequence
 from importlib import resources
@@ -175,10 +176,8 @@ def _tiles(material: Material) -> list[Html]:
         known = [r for r in drawing.rows if r.parameters is not None]
         if known:
             extra = sum((r.parameters or 0) * (len(r.groups or ()) - 1) for r in drawing.split)
-            tile(
-                f"+{percent(extra / max(1, sum(r.parameters or 0 for r in known)))}",
-                "shared parameters, for the copies",
-            )
+            added = extra / max(1, sum(r.parameters or 0 for r in known))
+            tile(f"+{percent(added, digits=1 if added < 1 else 0)}", "shared parameters, for the copies")
     found = cosines.Distributions.of(material)
     if found is not None:
         first = found.rows[0]
@@ -199,9 +198,14 @@ def _section(part: Section) -> Html:
         tag("details", tag("summary", "How to read this"), tag("p", part.reading)) if part.body is not None else None,
         part.body,
         tag("p", minus(part.conclusion), cls="conclusion"),
-        tag("p", f"{part.purpose}:", tag("code", part.command), cls="next"),
+        tag("p", f"{part.purpose}:", tag("code", shell(part.command)), cls="next"),
         id=part.key,
     )
+
+
+def shell(command: str) -> Html:
+    """A command that breaks between its words only."""
+    return join(tag("span", word) if i % 2 == 0 else word for i, word in enumerate(re.split(r"( )", command)))
 
 
 def _reading(material: Material) -> Html:
@@ -240,9 +244,9 @@ def _reproduce(material: Material, name: str) -> Html:
         "section",
         tag("h2", "Reproduce"),
         tag("p", "The runs were made by" if made else "The runs hold no command line: they were made from Python."),
-        tag("pre", made) if made else None,
+        tag("pre", shell(made)) if made else None,
         tag("p", "and this page by" if made else "This page was made by"),
-        tag("pre", again),
+        tag("pre", shell(again)),
         tag("dl", [(tag("dt", k), tag("dd", v)) for k, v in facts]) if facts else None,
         tag("p", f"Runs: {listed([str(r.path) for r in material.runs if r.path is not None], most=60)}.", cls="note")
         if any(r.path is not None for r in material.runs)

@@ -207,8 +207,8 @@ def section(material: Material, windows: Windows | None) -> Section:
         purpose="Repeat with other seeds",
         reading=(
             "The recording is cut into windows of time, and windows are drawn with replacement a thousand times; each "
-            "draw gives a ranking. The dot is the layer's rank in the whole recording, the line holds 90 % of the draws, "
-            "the vertical line is the cut after the last split layer. A layer whose line crosses the cut is chosen by a "
+            "draw gives a ranking. The dot is the layer's rank in the whole recording, the line holds 90 % of draws, "
+            "the vertical line is the cut after the last split layer. A layer whose line crosses it is chosen by a "
             "narrow margin."
         ),
     )

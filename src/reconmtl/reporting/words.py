@@ -42,7 +42,7 @@ def plural(n: int, what: str) -> str:
 
 def percent(value: float, *, digits: int = 1) -> str:
     """A share as percent; n/a for NaN."""
-    return "n/a" if math.isnan(value) else f"{100 * value:.{digits}f} %"
+    return "n/a" if math.isnan(value) else f"{100 * value:,.{digits}f}\u00a0%"
 
 
 def listed(names: Sequence[str], *, most: int = 3) -> str:
