@@ -11,8 +11,9 @@ import torch
 
 from reconmtl.errors import ProbeError
 
-REHEARSAL = (False, False, False, True, False, True)
-"""Steps by which a budget learns what measuring costs: the first three and the first measured one warm up."""
+REHEARSAL = (False, False, False, True, False, True, False, True)
+"""Steps by which a budget learns what measuring costs: the first two and the first measured one warm up. Of the others
+the shortest count: what else the machine does only ever adds."""
 
 
 class Schedule:
@@ -80,11 +81,13 @@ class Schedule:
 
     def _settle(self, number: int) -> None:
         assert self.overhead is not None
-        durations = [end - begin for begin, end in self._rehearsed]
-        steps = [b[1] - a[1] for a, b in zip(self._rehearsed, self._rehearsed[1:], strict=False)]  # ends to ends
-        plain = max(min(steps[1], steps[3]), 1e-9)  # of a whole step: forward, backward, optimizer, data
-        extra = max(durations[5] - min(durations[2], durations[4]), 0.0)
-        self.every = max(1, math.ceil(extra / (self.overhead * plain)))
+        measured = [i for i, m in enumerate(REHEARSAL) if m][1:]
+        plain = [i for i, m in enumerate(REHEARSAL) if not m][2:]
+        passes = [end - begin for begin, end in self._rehearsed]
+        extra = max(min(passes[i] for i in measured) - min(passes[i] for i in plain), 0.0)
+        # of a whole step, from end to end: forward, backward, optimizer, data
+        step = max(min(self._rehearsed[i][1] - self._rehearsed[i - 1][1] for i in plain), 1e-9)
+        self.every = max(1, math.ceil(extra / (self.overhead * step)))
         self._first = number + sum(REHEARSAL) * self.every  # the rehearsal's measured steps are paid for first
 
     def _now(self) -> float:

@@ -55,7 +55,7 @@ def test_a_budget_is_kept_and_used(extra: float, overhead: float) -> None:
 def test_equal_times_give_equal_steps() -> None:
     runs = [_with_clock() for _ in range(2)]
     assert runs[0] == runs[1]
-    assert runs[0][:4] == [3, 5, 5 + 2 * 8, 5 + 3 * 8]
+    assert runs[0][:5] == [3, 5, 7, 7 + 3 * 8, 7 + 4 * 8]
 
 
 def _with_clock() -> list[int]:
@@ -77,8 +77,19 @@ def test_a_failed_step_of_the_rehearsal_is_repeated() -> None:
     for _ in range(3):
         with pytest.raises(ZeroDivisionError), schedule.step():
             raise ZeroDivisionError
-    clock.run(schedule, 6)
+    clock.run(schedule, len(REHEARSAL))
     assert schedule.every == 8
+
+
+def test_a_disturbed_step_of_the_rehearsal_does_not_count() -> None:
+    for disturbed in (0, 1, 3, 4, 7):
+        clock = Clock(1.0, 0.75)
+        schedule = Schedule(overhead=0.1, clock=clock)
+        for step in range(len(REHEARSAL)):
+            clock.now += 2 / 3
+            with schedule.step() as measure:
+                clock.now += 1 / 3 + 0.75 * measure + 5.0 * (step == disturbed)
+        assert schedule.every == 8, disturbed
 
 
 def test_wrong_arguments_are_all_named() -> None:
