@@ -2,7 +2,8 @@
 
 A split counts as right if its outputs are those of one copy of the network per task bit for bit, in train and eval mode
 (dropout off), and if `verify` passes in float64 once the copies differ: outputs, gradients, buffers against ordinary
-networks. `--hf`: the Hugging Face architectures of the tests instead. From the repository: `python benchmarks/splits.py`.
+networks. `--hf`: the Hugging Face architectures of the tests instead. From the repository:
+`python benchmarks/splits.py`.
 """
 
 import argparse

@@ -106,3 +106,18 @@ def test_nothing_changes_and_nothing_is_left_behind() -> None:
 def test_only_split_models_are_verified() -> None:
     with pytest.raises(SplitError, match="expected a model that `split` returned"):
         verify(build("mlp"), X)
+
+
+def test_values_of_two_split_models_do_not_meet() -> None:
+    class Sum(nn.Module):
+        def __init__(self, *parts: nn.Module) -> None:
+            super().__init__()
+            self.parts = nn.ModuleList(parts)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return cast(Tensor, self.parts[0](x) + self.parts[1](x))
+
+    ones = [split(nn.Sequential(nn.Linear(6, 6)), Plan(tasks=ts, layers=["0"])) for ts in (TASKS, ("s", "t"))]
+    inner = [cast(nn.Module, cast(Any, m)[0]) for m in ones]
+    with pytest.raises(SplitError, match="two different split models"):
+        Sum(*inner)(X)
