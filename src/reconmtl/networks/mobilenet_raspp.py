@@ -121,6 +121,9 @@ class Decoder(nn.Module):
 class MobileNetRASPP(nn.Module):
     """See `dense`."""
 
+    blocks = (*(f"features.{i}" for i in range(1, len(BLOCKS) + 1)), "raspp")
+    """Parts between which the network may branch, after the stem."""
+
     def __init__(self, outputs: Mapping[str, int], *, width: int, unit: Iterable[str]) -> None:
         super().__init__()
         check_dense(outputs, width=width, unit=unit)

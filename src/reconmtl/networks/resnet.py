@@ -64,6 +64,9 @@ class ResNet18(nn.Module):
         tasks: Names of the tasks.
     """
 
+    blocks: tuple[str, ...] = tuple(f"layer{group}.{block}" for group in range(1, 5) for block in range(2))
+    """Parts between which the network may branch, after the stem."""
+
     def __init__(self, *, channels: int, width: int, tasks: Iterable[str]) -> None:
         super().__init__()
         if not isinstance(width, int) or isinstance(width, bool) or width < 1:
@@ -105,6 +108,8 @@ def _group(inputs: int, outputs: int, *, stride: int) -> nn.Sequential:
 
 class MultiFashionNet(ResNet18):
     """See `multifashion`."""
+
+    blocks = (*ResNet18.blocks, "fc")
 
     def __init__(self, *, width: int, tasks: Iterable[str], classes: int) -> None:
         super().__init__(channels=1, width=width, tasks=tasks)

@@ -1,0 +1,149 @@
+"""The search for branches: candidates, trees as plans, sizes, and a search that finds what it should."""
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from reconmtl.errors import LayerMatchError, ProblemError
+from reconmtl.evaluation import Machine
+from reconmtl.networks import mobilenet_raspp, resnet
+from reconmtl.networks.bmtas import Supernet, operations, search, to_plan
+from reconmtl.plan import Plan
+from reconmtl.problem import Metric, Problem, Recipe, Task
+from reconmtl.splitting import cost, split
+
+TASKS = ("a", "b")
+
+
+class Chain(nn.Module):
+    """Three blocks and a head per task."""
+
+    blocks = ("first", "second", "third")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 6), nn.Sequential(nn.ReLU(), nn.Linear(6, 6))
+        self.third = nn.Sequential(nn.ReLU(), nn.Linear(6, 6))
+        self.heads = nn.ModuleDict({t: nn.Linear(6, 1) for t in TASKS})
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        y = self.third(self.second(self.first(x)))
+        return {t: head(y) for t, head in self.heads.items()}
+
+
+class Numbers:
+    """Task a is the sum of the inputs, task b its opposite."""
+
+    fingerprint = "numbers"
+
+    def __init__(self, n: int) -> None:
+        self.x = torch.randn(n, 4, generator=torch.Generator().manual_seed(0))
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def __getitem__(self, i: int) -> tuple[Tensor, dict[str, Tensor]]:
+        total = self.x[i].sum().reshape(1)
+        return self.x[i], {"a": total, "b": -total}
+
+
+def problem() -> Problem:
+    tasks = [
+        Task(t, loss=F.mse_loss, metrics=[Metric("mse", lambda o, y: (o - y).square()[:, 0], best="min")])
+        for t in TASKS
+    ]
+    recipe = Recipe(epochs=1, batch_size=16, lr=0.1)
+    return Problem(model=Chain, tasks=tasks, train=Numbers(200), test=Numbers(32), recipe=recipe)
+
+
+def test_the_whole_network_but_the_stem_has_the_published_size() -> None:
+    model = resnet.multifashion()
+    apart = torch.arange(2).expand(len(model.blocks), 2)  # type: ignore[arg-type]
+    plan = to_plan(model, model.blocks, ("digit", "fashion"), apart)  # type: ignore[arg-type]
+    assert round(cost(model, plan).megabytes, 2) == 85.61
+    assert len(plan) == 41 - 2
+
+
+@pytest.mark.parametrize("make", [resnet.multifashion, mobilenet_raspp.pascal_context])
+def test_blocks_of_the_papers_networks_hold_every_shared_layer_but_the_stem(make: type[nn.Module]) -> None:
+    model = make(width=4)
+    inside = [n for n, _ in model.named_parameters() if n.startswith(tuple(f"{b}." for b in model.blocks))]  # type: ignore[union-attr]
+    outside = {n.rpartition(".")[0] for n, _ in model.named_parameters()} - {n.rpartition(".")[0] for n in inside}
+    assert all(n.startswith(("heads.", "conv1", "bn1", "features.0.")) for n in outside)
+
+
+def test_tasks_once_apart_stay_apart() -> None:
+    model = resnet.multifashion(width=2, tasks=list("abcd"))
+    names = ["layer1.0", "layer2.0", "fc"]
+    rows = torch.tensor([[2, 2, 2, 2], [0, 0, 1, 1], [3, 0, 0, 0]])
+    plan = to_plan(model, names, list("abcd"), rows)
+    assert not any(n.startswith("layer1") for n in plan.layers)
+    assert plan.layers["layer2.0.conv1"] == (("a", "b"), ("c", "d"))
+    assert plan.layers["fc"] == (("a",), ("b",), ("c", "d"))
+
+
+def test_a_tree_is_a_plan_that_recon_refines() -> None:
+    model = resnet.multifashion(width=2, tasks=list("abc"))
+    tree = to_plan(model, ["layer3.0", "layer4.1"], list("abc"), torch.tensor([[0, 0, 1], [0, 0, 0]]))
+    conflicts = Plan(tasks=tuple("abc"), layers=["layer1.0.conv1", "layer3.0.conv1"])
+    both = tree.refine(conflicts)
+    assert both.layers["layer3.0.conv1"] == (("a",), ("b",), ("c",))
+    assert both.layers["layer3.0.bn1"] == (("a", "b"), ("c",))
+    assert set(both.layers) == set(tree.layers) | {"layer1.0.conv1"}
+    x = torch.rand(4, 1, 36, 36)
+    expected, out = model.eval()(x), split(model, both).eval()(x)
+    assert all(torch.equal(out[t], expected[t]) for t in "abc")
+
+
+def test_candidates_are_mixed_by_their_weights() -> None:
+    torch.manual_seed(0)
+    model = Chain()
+    net = Supernet(model, model.blocks, TASKS)
+    with torch.no_grad():
+        for p in net.weights_of_network():
+            p.normal_()
+    x = torch.randn(5, 4)
+    weights = torch.rand(3, 2)
+    y = x
+    for block, row in zip(model.blocks, weights, strict=True):
+        options = net.model.get_submodule(block).options
+        y = sum(w * option(y) for w, option in zip(row, options, strict=True))  # type: ignore[assignment,arg-type]
+    for task in TASKS:
+        torch.testing.assert_close(net(x, task, weights), net.model.heads[task](y))  # type: ignore[index,operator]
+    assert next(model.parameters()).grad is None and not any(isinstance(m, Supernet) for m in model.modules())
+
+
+def test_operations_are_those_of_the_blocks() -> None:
+    model = resnet.multifashion(width=4)
+    found = operations(model, ["layer1.0", "fc"], torch.rand(1, 1, 36, 36))
+    assert found[0] == pytest.approx(2 * 2 * 9 * 9 * 4 * 4 * 9 / 1e9)  # two 3x3 convolutions of 9 x 9 pixels
+    assert found[1] == pytest.approx(2 * 32 * 100 / 1e9)
+
+
+def test_a_costly_tree_stays_together_and_a_free_one_serves_opposite_tasks() -> None:
+    machine = Machine(accelerator="cpu")
+    together = search(problem(), epochs=12, resource_weight=1e8, architecture_lr=0.2, machine=machine)
+    assert len(together.plan) == 0 and float(together.groups.max()) < 1.3
+    again = search(problem(), epochs=12, resource_weight=1e8, architecture_lr=0.2, machine=machine)
+    assert torch.equal(again.probabilities, together.probabilities)
+    free = search(problem(), epochs=12, resource_weight=0.0, architecture_lr=0.2, machine=machine)
+    assert torch.allclose(free.probabilities.sum(2), torch.ones(3, 2))
+    assert float(free.groups.sum()) > float(together.groups.sum())
+
+
+def test_what_cannot_be_searched_is_refused() -> None:
+    model = Chain()
+    with pytest.raises(LayerMatchError, match="Nearest: 'second'"):
+        Supernet(model, ["secnd"], TASKS)
+    for blocks, tasks in itertools.product((["second", "second.1"], [], ["first", "first"]), (TASKS,)):
+        with pytest.raises(ProblemError, match="none inside another"):
+            Supernet(model, blocks, tasks)
+    with pytest.raises(ProblemError, match="at least two tasks"):
+        Supernet(model, ["first"], ["a"])
+    with pytest.raises(ProblemError, match=r"pass blocks=\[...\]"):
+        search(problem().replace(model=lambda: nn.Sequential(nn.Linear(4, 1))), epochs=1)
+    with pytest.raises(ProblemError, match="held-out fifth"):
+        search(problem().replace(train=Numbers(16)), epochs=1)
