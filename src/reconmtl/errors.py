@@ -1,7 +1,10 @@
 """The exception tree: every message says what was given, what was expected and what to do."""
 
+from __future__ import annotations
+
 from collections.abc import Iterable
 from difflib import get_close_matches
+from signal import Signals
 
 
 class ReconError(Exception):
@@ -60,6 +63,23 @@ def missing_extra(what: str, extra: str) -> MissingExtraError:
         extra: The extra's name in pyproject.toml.
     """
     return MissingExtraError(f'{what}: this takes optional packages. Install them: pip install "reconmtl[{extra}]"')
+
+
+class Interrupted(KeyboardInterrupt):
+    """SIGINT or SIGTERM came while a training ran; its state is saved where it has a folder.
+
+    Attributes:
+        signal: Which one.
+        saved: What is kept and how to go on, one sentence; empty if nothing is.
+    """
+
+    def __init__(self, signal: Signals, saved: str = "") -> None:
+        super().__init__(f"Interrupted by {signal.name}. {saved}".strip())
+        self.signal = signal
+        self.saved = saved
+
+    def __reduce__(self) -> tuple[type[Interrupted], tuple[Signals, str]]:
+        return Interrupted, (self.signal, self.saved)  # from a worker process to its parent
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

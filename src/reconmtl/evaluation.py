@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from reconmtl.batches import Data, call, check_outputs, select
 from reconmtl.errors import ProblemError, nearest
+from reconmtl.interruptions import leave_if_asked
 from reconmtl.problem import Metric, Problem
 from reconmtl.randomness import seeded
 from reconmtl.runs import Values
@@ -39,11 +40,15 @@ class Machine:
         accelerator: "auto", "cpu", "cuda" ...: as Lightning Fabric names them.
         precision: "32-true" (or "32") or "bf16-mixed", as Lightning Fabric names them.
         max_batches: Only so many batches per epoch and evaluation: a smoke test, not a result.
+        checkpoint_steps: Save the training's state every so many steps too, not only after every epoch.
+        checkpoint_seconds: Save it when so many seconds have passed since.
     """
 
     accelerator: str = "auto"
     precision: str = "32-true"
     max_batches: int | None = None
+    checkpoint_steps: int | None = None
+    checkpoint_seconds: float | None = 600.0
 
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:
@@ -52,6 +57,15 @@ class Machine:
                 f"precision = {self.precision!r}: expected one of {list(PRECISIONS)}. "
                 f"{nearest(str(self.precision), PRECISIONS)}"
             )
+
+        for name in ("max_batches", "checkpoint_steps", "checkpoint_seconds"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, (int, float)) or isinstance(value, bool) or value <= 0):
+                raise ProblemError(f"{name} = {value!r}: expected a positive number, or None.")
+
+    def identity(self) -> dict[str, object]:
+        """What of it a result depends on."""
+        return {"precision": self.precision, "max_batches": self.max_batches}
 
     def fabric(self) -> Fabric:
         """The Fabric of one process and one device.
@@ -97,6 +111,7 @@ def evaluate(problem: Problem, model: nn.Module, data: Data, *, machine: Machine
     # What is drawn while judging (by transforms, say) must not move the training that goes on afterwards.
     with evaluating(model), torch.no_grad(), seeded(0):
         for indices in batches:
+            leave_if_asked()
             inputs, targets = problem.batch(data, indices, device)
             with fabric.autocast():
                 outputs = call(model, inputs)

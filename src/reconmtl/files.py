@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import secrets
 import sys
 from collections.abc import Callable
@@ -37,6 +38,11 @@ def write_bytes(path: str | Path, write: Callable[[Path], None]) -> None:
     finally:
         with suppress(OSError):
             temporary.unlink()
+
+
+def is_leftover(path: Path) -> bool:
+    """Whether this is a temporary file of `write_bytes` that a killed process has left behind."""
+    return re.fullmatch(r"\..+\.[0-9a-f]{8}", path.name) is not None and path.is_file() and not path.is_symlink()
 
 
 def write_json(path: str | Path, content: object) -> None:

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from reconmtl.buffers import buffers_once
 from reconmtl.engines import Site, find_site, full_precision, pays, site_floats
-from reconmtl.errors import ProbeError
+from reconmtl.errors import ProbeError, RunError
 from reconmtl.graph import Graph, check_losses, many, reach
 from reconmtl.layers import ROOT, find_layers, match_layers
 from reconmtl.passes import Layout, Measured, Segment, Sweep, mark_absent, real_numel
@@ -154,6 +155,25 @@ class Gradients:
             dtype=dtype,
             device=every[0].device if every else torch.device("cpu"),
         )
+
+    def trusted(self) -> list[tuple[str, int, bool]]:
+        """For which weight and number of tasks `delta` was compared with `flat`, and whether they agreed."""
+        return [(name, tasks, agrees) for (name, tasks), agrees in self._trusted.items()]
+
+    def trust(self, found: Any) -> None:  # noqa: ANN401 from a file
+        """Go on with what `trusted` gave: what was compared is not compared again.
+
+        Raises:
+            RunError: If it is damaged, or of another network.
+        """
+        try:
+            taken = {(name, int(tasks)): bool(agrees) for name, tasks, agrees in found}
+        except (TypeError, ValueError):
+            raise RunError("the list of the probe's compared weights is damaged.") from None
+        if not taken.keys() <= {(name, tasks) for name in self.parameters for _, tasks in taken}:
+            raise RunError("the probe has measured another network.")
+        self._trusted.clear()
+        self._trusted.update(taken)
 
     def sweep(
         self,

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from reconmtl.accumulation import Accumulation
 from reconmtl.buffers import undisturbed
 from reconmtl.conflicts import ConflictLog, cosines_from_grams
-from reconmtl.errors import ProbeError, UnknownNameError, nearest
+from reconmtl.errors import ProbeError, RunError, UnknownNameError, nearest
 from reconmtl.gram import Gradients, Measured, add_update, check_losses
 from reconmtl.jacobians import jac_grams
 from reconmtl.oracle import reference_grams
@@ -182,6 +182,35 @@ class Probe:
             ProbeError: If nothing was recorded, or no layer is shared by two tasks.
         """
         return self._recorder.log(every=self.every)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was recorded and where the schedule stands: nested dicts and lists of tensors, numbers and strings.
+
+        Raises:
+            ProbeError: Between the micro-batches of a step.
+        """
+        if self._open is not None:
+            raise ProbeError("This step is not finished: its last micro-batch has not come (last=True).")
+        return {
+            "recorder": self._recorder.state_dict(),
+            "schedule": self._schedule.state_dict(),
+            "trusted": self._gradients.trusted(),
+        }
+
+    def load_state_dict(self, state: Any) -> None:  # noqa: ANN401 from a file
+        """Go on from what `state_dict` gave, with the same network.
+
+        Raises:
+            RunError: If it is damaged, or of another network.
+        """
+        device = next((p.device for p in self._gradients.model.parameters()), torch.device("cpu"))
+        try:
+            recorder, schedule, trusted = state["recorder"], state["schedule"], state["trusted"]
+        except (KeyError, TypeError):
+            raise RunError("the state of a probe should hold recorder, schedule and trusted.") from None
+        self._schedule.load_state_dict(schedule)
+        self._gradients.trust(trusted)
+        self._recorder.load_state_dict(recorder, device)
 
     def check(self, losses: Mapping[str, Tensor]) -> float:
         """Compare the engine with a slow oracle on the same graph.

@@ -22,12 +22,13 @@ def configure(mode: Mode, *, lock: Any = None, position: int | None = None) -> N
         tqdm.set_lock(lock)
 
 
-def bar(total: int, description: str, unit: str = "step") -> "tqdm[Any]":
-    """A progress bar with ETA on stderr."""
+def bar(total: int, description: str, unit: str = "step", *, done: int = 0) -> "tqdm[Any]":
+    """A progress bar with ETA on stderr; `done` of the total were done before."""
     terminal = sys.stderr.isatty()
     hidden = _state["mode"] == "never" or (_state["mode"] == "auto" and not terminal)
     return tqdm(
         total=total,
+        initial=done,
         desc=description,
         unit=unit,
         file=sys.stderr,

@@ -3,9 +3,12 @@
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
+
+from reconmtl.errors import RunError
 
 
 @contextmanager
@@ -29,3 +32,40 @@ def seeded(seed: int) -> Iterator[None]:
         np.random.seed(seed % 2**32)  # noqa: NPY002 a user's transforms may draw from it
         random.seed(seed)
         yield
+
+
+def random_states() -> dict[str, Any]:
+    """Every global random state, as tensors, numbers and strings."""
+    numpy: Any = np.random.get_state(legacy=False)  # noqa: NPY002 the user's global state
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": [torch.cuda.get_rng_state(d) for d in devices],
+        "numpy": {
+            "kind": numpy["bit_generator"],
+            "key": torch.from_numpy(numpy["state"]["key"].astype(np.int64)),
+            "pos": int(numpy["state"]["pos"]),
+            "has_gauss": int(numpy["has_gauss"]),
+            "gauss": float(numpy["gauss"]),
+        },
+        "python": random.getstate(),
+    }
+
+
+def set_random_states(states: Any) -> None:  # noqa: ANN401 from a file
+    """Put back what `random_states` gave.
+
+    Raises:
+        RunError: If it is damaged, or of another kind of generator.
+    """
+    try:
+        numpy = states["numpy"]
+        key = numpy["key"].numpy().astype(np.uint32)
+        legacy = (numpy["kind"], key, numpy["pos"], numpy["has_gauss"], numpy["gauss"])
+        random.setstate(states["python"])
+        np.random.set_state(legacy)  # noqa: NPY002 the user's global state
+        torch.set_rng_state(states["torch"])
+        for device, state in enumerate(states["cuda"]):
+            torch.cuda.set_rng_state(state, device)
+    except (KeyError, IndexError, TypeError, ValueError, RuntimeError, AttributeError, OverflowError) as error:
+        raise RunError(f"its random states cannot be put back ({error})") from None

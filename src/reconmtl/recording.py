@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import astuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from reconmtl.conflicts import ConflictLog, count
 from reconmtl.counts import Counts
-from reconmtl.errors import ProbeError
+from reconmtl.errors import ProbeError, RunError
 from reconmtl.layers import Layer
-from reconmtl.passes import Layout
+from reconmtl.passes import Layout, Segment
 
 CHUNK = 64
 """Steps whose Grams stay on the device before they are copied to the CPU at once."""
@@ -53,7 +55,7 @@ class Recorder:
             self._sizes[s.layer] = max(self._sizes.get(s.layer, 0), s.stop - s.start)
         if self._pending is not None:
             before, grams, skipping = self._pending
-            if before is not layout or skipping != skip or len(grams) == CHUNK:
+            if not _alike(before, layout) or skipping != skip or len(grams) == CHUNK:
                 self._flush()
         if self._pending is None:
             self._pending = (layout, [], skip)
@@ -115,6 +117,56 @@ class Recorder:
     def _names(self) -> list[str]:
         return [layer.name for layer in self.layers if layer.name in self._sizes]
 
+    def state_dict(self) -> dict[str, Any]:
+        """All that has been recorded; what waits is not joined, so that a stop leaves no trace in the log."""
+        shapes: dict[tuple[object, ...], int] = {}
+
+        def at(layout: Layout) -> int:
+            key = (layout.tasks, tuple(astuple(s) for s in layout.segments), str(layout.dtype).removeprefix("torch."))
+            return shapes.setdefault(key, len(shapes))
+
+        chunks = [{"of": at(layout), "grams": grams} for layout, grams in self._chunks]
+        waiting = None
+        if self._pending is not None:
+            layout, grams, skip = self._pending
+            waiting = {"of": at(layout), "grams": torch.stack(grams), "skip": skip}
+        return {
+            "tasks": list(self._tasks),
+            "sizes": dict(self._sizes),
+            "chunks": chunks,
+            "waiting": waiting,
+            "shapes": list(shapes),
+            "bytes": self._bytes,
+            "counts": None if self._counts is None else self._counts.tensors(),
+            "counted": self._counted,
+            "skipped": self._skipped,
+        }
+
+    def load_state_dict(self, state: Any, device: torch.device) -> None:  # noqa: ANN401 from a file
+        """Go on from what `state_dict` gave; `device` is where further Gram matrices come from.
+
+        Raises:
+            RunError: If it is damaged, or of another network.
+        """
+        try:
+            known = {layer.name for layer in self.layers}
+            layouts = [_restored(shape, known, device) for shape in state["shapes"]]
+            chunks = [(layouts[c["of"]], _grams(c["grams"], layouts[c["of"]])) for c in state["chunks"]]
+            waiting = state["waiting"]
+            pending = None
+            if waiting is not None:
+                layout = layouts[waiting["of"]]
+                pending = (layout, list(_grams(waiting["grams"], layout).to(device).unbind()), bool(waiting["skip"]))
+            counts = None if state["counts"] is None else Counts.from_tensors(state["counts"])
+            names, tasks = state["counted"]
+            if not known.issuperset(state["sizes"]) or not known.issuperset(names):
+                raise ValueError("it was recorded on other layers")
+            self._tasks, self._sizes = [str(t) for t in state["tasks"]], {n: int(v) for n, v in state["sizes"].items()}
+            self._chunks, self._pending, self._skipped = chunks, pending, int(state["skipped"])
+            self._bytes, self._counts, self._counted = int(state["bytes"]), counts, (list(names), list(tasks))
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            raise RunError(f"what the probe has recorded cannot be read ({error}).") from None
+
     def log(self, *, every: int) -> ConflictLog:
         """What has been recorded so far.
 
@@ -140,6 +192,28 @@ class Recorder:
             record = self._counts
         types = {layer.name: layer.type for layer in self.layers}
         return ConflictLog(record, tasks=self._tasks, layers=names, sizes=self._sizes, types=types, every=every)
+
+
+def _alike(one: Layout, other: Layout) -> bool:
+    return one is other or (one.tasks, one.segments) == (other.tasks, other.segments)
+
+
+def _restored(shape: Any, known: set[str], device: torch.device) -> Layout:  # noqa: ANN401 from a file
+    """What is needed of a layout to make a log; the network's parameters are not."""
+    tasks, segments, dtype = shape
+    found = getattr(torch, dtype) if dtype in ("float32", "float64", "bfloat16", "float16") else None
+    parts = tuple(Segment(str(n), int(a), int(b), tuple(map(int, who))) for n, a, b, who in segments)
+    if found is None or not {s.layer for s in parts} <= known or any(i >= len(tasks) for s in parts for i in s.tasks):
+        raise ValueError("it was recorded on other layers")
+    return Layout(tuple(tasks), parts, (), (), (), (), (), found, device)
+
+
+def _grams(grams: Any, layout: Layout) -> Tensor:  # noqa: ANN401 from a file
+    n = len(layout.tasks)
+    if tuple(grams.shape[1:]) != (len(layout.segments), n, n) or not grams.is_floating_point():
+        raise ValueError(f"Gram matrices have shape {list(grams.shape)}")
+    found: Tensor = grams
+    return found
 
 
 def _pairs(tasks: Sequence[str]) -> list[tuple[str, str]]:

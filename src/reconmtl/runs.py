@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import nn
 
 from reconmtl.conflicts import ConflictLog
 from reconmtl.errors import RunError
-from reconmtl.files import read_json, write_bytes
+from reconmtl.files import is_leftover, read_json, write_json
 from reconmtl.plan import Plan
 from reconmtl.version import __version__
 
@@ -30,6 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 FORMAT = "reconmtl.run/1"
+TIMING = "reconmtl.timing/1"
 Values = dict[str, dict[str, float]]
 """Task -> metric -> value."""
 
@@ -86,7 +83,7 @@ class Run:
         return self.build(self)
 
     def to_dict(self) -> dict[str, object]:
-        """`result.json`."""
+        """`result.json`: everything that a repetition under the same seed gives again, so not the time it took."""
         return {
             "format": FORMAT,
             "method": self.method,
@@ -96,10 +93,17 @@ class Run:
             "directions": self.directions,
             "parameters": self.parameters,
             "megabytes": self.megabytes,
-            "seconds": self.seconds,
             "fingerprint": self.fingerprint,
             "network": self.network,
         }
+
+    def save(self) -> None:
+        """Write `log/`, `timing.json` and, last, `result.json`, whose presence says that the run is finished."""
+        assert self.path is not None
+        if self.log is not None:
+            self.log.save(self.path / "log")
+        write_json(self.path / "timing.json", {"format": TIMING, "seconds": self.seconds})
+        write_json(self.path / "result.json", self.to_dict())
 
     @classmethod
     def load(cls, path: str | Path) -> Run:
@@ -120,7 +124,6 @@ class Run:
             "metrics": dict,
             "directions": dict,
             "parameters": int,
-            "seconds": (int, float),
             "fingerprint": str,
             "network": str,
         }
@@ -141,11 +144,22 @@ class Run:
             raise RunError(f"{folder / 'config.json'}: expected an object, found {type(config).__name__}.")
         return cls(
             **{n: data[n] for n in kinds} | {"metrics": metrics, "directions": directions},
+            seconds=_seconds(folder / "timing.json"),
             config=config,
             plan=Plan.load(folder / "plan.json") if (folder / "plan.json").exists() else None,
             log=ConflictLog.load(folder / "log") if (folder / "log").exists() else None,
             path=folder,
         )
+
+
+def _seconds(path: Path) -> float:
+    if not path.exists():
+        return math.nan
+    data = read_json(path, RunError)
+    seconds = data.get("seconds") if isinstance(data, dict) and data.get("format") == TIMING else None
+    if not isinstance(seconds, (int, float)) or isinstance(seconds, bool) or not 0 <= seconds < math.inf:
+        raise RunError(f"{path}: field 'seconds' should be a number that is not negative, of format {TIMING!r}.")
+    return float(seconds)
 
 
 def plain_values(values: Values) -> dict[str, dict[str, float | str]]:
@@ -170,6 +184,9 @@ def new_folder(path: str | Path, *, resume: bool = False, overwrite: bool = Fals
     try:
         if folder.exists() and not folder.is_dir():
             raise RunError(f"{folder} is a file; give a folder for the results.")
+        if folder.exists():
+            for leftover in filter(is_leftover, folder.iterdir()):  # of a process that was killed while writing
+                leftover.unlink()
         if folder.exists() and any(folder.iterdir()):
             # A folder that is resumed becomes one of ours, to be overwritten some day: the same rule for both.
             if not _is_ours(folder):
@@ -224,22 +241,6 @@ def environment() -> dict[str, object]:
         "git": git,
         "command": sys.argv,
     }
-
-
-def save_checkpoint(path: Path, model: nn.Module, meta: Mapping[str, object]) -> None:
-    """Write a model's tensors and a little JSON into one safetensors file."""
-    state = {k: v.detach().cpu().contiguous().clone() for k, v in model.state_dict().items() if isinstance(v, Tensor)}
-    text = {"reconmtl": json.dumps(meta)}
-    write_bytes(path, lambda temporary: save_file(state, temporary, metadata=text))
-
-
-def load_checkpoint(path: Path) -> dict[str, Tensor]:
-    """Read the tensors of a checkpoint; damage is a RunError that names the file."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118 not a dict
-    except (OSError, SafetensorError) as error:
-        raise RunError(f"{path} cannot be read as a checkpoint: {error}.") from None
 
 
 def describe(method: str, plan: Plan | None) -> str:

@@ -6,10 +6,11 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
-from reconmtl.errors import ProbeError
+from reconmtl.errors import ProbeError, RunError
 
 REHEARSAL = (False, False, False, True, False, True, False, True)
 """Steps by which a budget learns what measuring costs: the first two and the first measured one warm up. Of the others
@@ -78,6 +79,27 @@ class Schedule:
                 self._settle(number)
         else:
             yield number >= self._first and (number - self._first) % self.every == 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where it stands, plain data."""
+        return {"step": self._step, "every": self.every, "first": self._first, "rehearsed": list(self._rehearsed)}
+
+    def load_state_dict(self, state: Any) -> None:  # noqa: ANN401 from a file
+        """Go on from what `state_dict` gave.
+
+        Raises:
+            RunError: If it is damaged.
+        """
+        try:
+            step, every, first = (int(state[n]) for n in ("step", "every", "first"))
+            rehearsed = [(float(begin), float(end)) for begin, end in state["rehearsed"]]
+            if step < 0 or every < 1 or len(rehearsed) > len(REHEARSAL):
+                raise ValueError(f"step {step}, every {every}")
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
+            raise RunError(f"the probe's schedule cannot be read ({error}).") from None
+        if 0 < len(rehearsed) < len(REHEARSAL):
+            rehearsed = []  # times before and after a stop cannot be compared
+        self._step, self.every, self._first, self._rehearsed = step, every, first, rehearsed
 
     def _settle(self, number: int) -> None:
         assert self.overhead is not None

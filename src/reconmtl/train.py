@@ -3,135 +3,30 @@
 from __future__ import annotations
 
 import json
-import math
-import time
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
-import torch
 from torch import nn
 
+from reconmtl.checkpoints import read_checkpoint, restore_model, save_checkpoint
 from reconmtl.conflicts import ConflictLog
-from reconmtl.errors import ProblemError, RunError, nearest
-from reconmtl.evaluation import Machine, evaluate
-from reconmtl.files import write_json
+from reconmtl.errors import ProblemError, ReconError, RunError, nearest
+from reconmtl.evaluation import Machine
+from reconmtl.files import read_json, write_json
+from reconmtl.interruptions import asked_politely
+from reconmtl.loop import Job, NormStats, Trained, train
 from reconmtl.plan import Plan
-from reconmtl.probing import Probe
-from reconmtl.problem import Problem, call
-from reconmtl.progress import bar
-from reconmtl.randomness import seeded
-from reconmtl.runs import (
-    Run,
-    Values,
-    describe,
-    environment,
-    load_checkpoint,
-    new_folder,
-    plain_values,
-    save_checkpoint,
-)
+from reconmtl.problem import Problem
+from reconmtl.runs import Run, describe, environment, new_folder
 from reconmtl.single import SingleTasks, for_one
-from reconmtl.splitting import check_optimizer, split
+from reconmtl.splitting import split
 
 Method = Literal["joint", "single"]
-NormStats = Literal["per-task", "shared"]
 NORM_STATS = get_args(NormStats)
 BALANCERS = ("joint",)
-EVALUATIONS = 10
-"""Evaluations spread over a training, the last one after the last epoch."""
-
-
-@dataclass(frozen=True)
-class _Trained:
-    model: nn.Module
-    log: ConflictLog | None
-    parameters: int
-    metrics: Values  # of the test set after the last epoch; empty where training stopped before
-
-
-def _train(
-    problem: Problem,
-    *,
-    plan: Plan | None,
-    seed: int,
-    record: int,
-    overhead: float | None = None,
-    machine: Machine,
-    description: str,
-    stop: int | None = None,
-    norm_stats: NormStats = "per-task",
-    metrics: Path | None = None,
-) -> _Trained:
-    """Train one network from scratch under one seed, for `stop` epochs of the recipe's schedule (None: all)."""
-    recipe = problem.recipe
-    steps = len(problem.train) // recipe.batch_size
-    if not recipe.drop_last and len(problem.train) % recipe.batch_size:
-        steps += 1
-    if steps == 0:
-        raise ProblemError(
-            f"The training set has {len(problem.train)} samples, fewer than one batch of {recipe.batch_size}: lower "
-            "batch_size or pass drop_last=False."
-        )
-    steps = min(steps, machine.max_batches or steps)
-    epochs = recipe.epochs if stop is None else stop
-    fabric = machine.fabric()
-    # Batches come from a generator of their own: every method sees the same ones, whatever it draws while training.
-    shuffle = torch.Generator().manual_seed(seed)
-    with seeded(seed), bar(epochs * steps, description) as progress:
-        model = problem.model()
-        if plan is not None:
-            model = split(model, plan, norm_stats=norm_stats, sample=problem.sample())
-        model = fabric.to_device(model)
-        torch.manual_seed(seed)  # drawing the weights of one network more or less must not move dropout
-        optimizer = recipe.make_optimizer(model)
-        check_optimizer(model, optimizer)
-        reached: set[nn.Parameter] = set()
-        values: Values = {}
-        schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, list(recipe.milestones), gamma=recipe.gamma)
-        probe = Probe(model, every=record, overhead=overhead, shared=problem.shared) if record else None
-        evaluated = {math.ceil(recipe.epochs * (i + 1) / EVALUATIONS) for i in range(EVALUATIONS)}
-        for epoch in range(1, epochs + 1):
-            model.train()
-            order = torch.randperm(len(problem.train), generator=shuffle)
-            total = torch.zeros((), device=fabric.device)
-            for indices in order.split(recipe.batch_size)[:steps]:
-                inputs, targets = problem.batch(problem.train, indices, fabric.device)
-                with fabric.autocast():
-                    losses = problem.losses(call(model, inputs), targets)
-                if losses:
-                    optimizer.zero_grad()
-                    loss = torch.stack([v.detach() for v in losses.values()]).sum()
-                    if probe is not None:
-                        probe.backward(losses)
-                    else:
-                        fabric.backward(torch.stack(list(losses.values())).sum())
-                    if epoch == 1:
-                        reached.update(p for p in model.parameters() if p.grad is not None)
-                    optimizer.step()
-                    total += loss
-                progress.update()
-            schedule.step()
-            mean = float(total) / steps
-            if not math.isfinite(mean):
-                raise RunError(
-                    f"{description}: the loss is {mean} in epoch {epoch}. Lower the learning rate "
-                    f"(lr = {recipe.lr}), or look for a loss that divides by zero."
-                )
-            progress.set_postfix_str(f"epoch {epoch}/{epochs}, loss {mean:.3f}")
-            entry: dict[str, object] = {"epoch": epoch, "tasks": list(problem.task_names), "loss": mean}
-            if stop is None and (epoch == epochs or (metrics is not None and epoch in evaluated)):
-                values = evaluate(problem, model, problem.test, machine=machine)
-                entry["test"] = plain_values(values)
-                if problem.val is not None:
-                    entry["val"] = plain_values(evaluate(problem, model, problem.val, machine=machine))
-            if metrics is not None:
-                with metrics.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(entry) + "\n")
-    # Single-task networks are often joint ones: what their only task never reaches has no gradient and does not count.
-    counted = reached if len(problem.tasks) == 1 else model.parameters()
-    return _Trained(model, None if probe is None else probe.log, sum(p.numel() for p in counted), values)
 
 
 def _overridden(problem: Problem, overrides: Mapping[str, Any]) -> Problem:
@@ -147,6 +42,8 @@ def probe(
     every: int = 1,
     overhead: float | None = None,
     out: str | Path | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
     machine: Machine | None = None,
 ) -> ConflictLog:
     """Train for the first epochs of the problem's schedule and record how the tasks' gradients relate.
@@ -159,7 +56,9 @@ def probe(
         every: Measure one step of so many.
         overhead: Instead: the share of training time that measuring may add, e.g. 0.1. Which steps are measured then
             depends on times; what is trained does not.
-        out: Folder to write the log to.
+        out: Folder to write the log to, and the state of the training while it runs.
+        resume: Go on in `out` where a probe was stopped; one that is finished is read.
+        overwrite: Replace what is in `out`.
         machine: Where and how it runs.
 
     Returns:
@@ -175,8 +74,8 @@ def probe(
         raise ProblemError(f"epochs = {epochs!r}: expected 1 to {problem.recipe.epochs}, the length of the schedule.")
     if every < 1:
         raise ProblemError(f"every = {every!r}: expected a whole number of steps, at least 1.")
-    trained = _train(
-        problem,
+    job = Job(
+        problem=problem,
         plan=None,
         seed=seed,
         record=every,
@@ -185,10 +84,61 @@ def probe(
         description=f"probe seed {seed}",
         stop=epochs,
     )
-    assert trained.log is not None
-    if out is not None:
-        trained.log.save(out)
-    return trained.log
+    if out is None:
+        log = train(job).log
+        assert log is not None
+        return log
+    config = _plain(
+        {
+            "format": "reconmtl.config/1",
+            "problem": problem.name,
+            "data": problem.fingerprint(),
+            "method": "probe",
+            "seed": seed,
+            "record": every,
+            "overhead": overhead,
+            "epochs": epochs,
+            "norm_stats": "per-task",
+            "recipe": problem.recipe.to_dict(),
+            "machine": job.machine.identity(),
+        }
+    )
+    folder = _prepared(Path(out), config, None, resume=resume, overwrite=overwrite)
+    if (folder / "log.json").exists():
+        return ConflictLog.load(folder)
+    with asked_politely():
+        log = train(replace(job, checkpoint=folder / "last.ckpt")).log
+    assert log is not None
+    log.save(folder)
+    (folder / "last.ckpt").unlink()
+    return log
+
+
+def _plain(config: dict[str, Any]) -> dict[str, Any]:
+    return cast("dict[str, Any]", json.loads(json.dumps(config)))  # as it will be read again
+
+
+def _prepared(path: Path, config: dict[str, Any], plan: Plan | None, *, resume: bool, overwrite: bool) -> Path:
+    """A folder with everything that is known before the work begins; one that is continued must hold the same.
+
+    Raises:
+        RunError: If it exists and is not to be continued or replaced, or holds something else.
+    """
+    folder = new_folder(path, resume=resume, overwrite=overwrite)
+    file = folder / "config.json"
+    if not file.exists():
+        write_json(folder / "env.json", environment())
+        if plan is not None:
+            plan.save(folder / "plan.json")
+        write_json(file, config)  # last: it says that the folder is one of ours
+        return folder
+    before = read_json(file, RunError)
+    if not isinstance(before, dict):
+        raise RunError(f"{file}: expected an object, found {type(before).__name__}. Delete {folder} to begin anew.")
+    changed = [f"{n} = {before.get(n)!r}, now {v!r}" for n, v in config.items() if before.get(n) != v]
+    if changed:
+        raise RunError(f"{folder} holds a run with other settings: {'; '.join(changed)}. Choose another `out`.")
+    return folder
 
 
 def fit(
@@ -217,7 +167,8 @@ def fit(
         seeds: Of initialisation and batches. One seed gives every method the same shared weights and batches.
         norm_stats: What split networks do with running statistics, see `split`.
         out: Folder; each seed writes to its own `seed<k>` in it.
-        resume: Skip seeds that are finished in `out`.
+        resume: Go on in `out`: finished seeds are read, one that was stopped continues from its last checkpoint, and
+            ends as if it had not been stopped.
         overwrite: Replace what is in `out`.
         machine: Where and how it runs.
         **recipe_overrides: Fields of the recipe to change.
@@ -227,14 +178,15 @@ def fit(
 
     Raises:
         ReconError: If an argument is unknown or contradicts another; before anything is trained.
+        Interrupted: If SIGINT or SIGTERM asked to stop; the state is saved in `out`.
 
     Reference: Shi et al., Recon, ICLR 2023, Algorithm 1 (the second training).
     """
     problem = _overridden(problem, recipe_overrides)
     _check_arguments(problem, method, plan, balancer, record, seeds, norm_stats)
-    job = _Job(problem, method, plan, int(record), norm_stats, machine or Machine())
+    asked = _Asked(problem, method, plan, int(record), norm_stats, machine or Machine())
     folder = None if out is None else Path(out)
-    return [_fit_seed(job, seed, folder, resume, overwrite) for seed in seeds]
+    return [_fit_seed(asked, seed, folder, resume, overwrite) for seed in seeds]
 
 
 def _check_arguments(
@@ -280,7 +232,7 @@ def check_seeds(seeds: object) -> list[str]:
 
 
 @dataclass(frozen=True)
-class _Job:
+class _Asked:
     """What `fit` was asked for, but for the seed."""
 
     problem: Problem
@@ -292,95 +244,109 @@ class _Job:
 
     def config(self, seed: int) -> dict[str, Any]:
         """Everything that was chosen, as plain JSON data."""
-        config = {
-            "format": "reconmtl.config/1",
-            "problem": self.problem.name,
-            "data": self.problem.fingerprint(),
-            "method": self.method,
-            "seed": seed,
-            "record": self.record,
-            "norm_stats": self.norm_stats,
-            "recipe": self.problem.recipe.to_dict(),
-            "plan": None if self.plan is None else self.plan.to_dict(),
-            "machine": {"precision": self.machine.precision, "max_batches": self.machine.max_batches},
-        }
-        return cast("dict[str, Any]", json.loads(json.dumps(config)))  # as it will be read again
-
-
-def _fit_seed(job: _Job, seed: int, out: Path | None, resume: bool, overwrite: bool) -> Run:
-    problem, plan, config = job.problem, job.plan, job.config(seed)
-    folder = None if out is None else new_folder(out / f"seed{seed}", resume=resume, overwrite=overwrite)
-    if folder is not None:
-        if (folder / "result.json").exists():  # with resume; an existing folder is refused otherwise
-            before = Run.load(folder).config
-            changed = [f"{n} = {before.get(n)!r}, now {v!r}" for n, v in config.items() if before.get(n) != v]
-            if changed:
-                raise RunError(f"{folder} holds a run with other settings: {'; '.join(changed)}. Choose another `out`.")
-            return open_run(folder, problem)
-        write_json(folder / "config.json", config)
-        write_json(folder / "env.json", environment())
-        if plan is not None:
-            plan.save(folder / "plan.json")
-    metrics = None if folder is None else folder / "metrics.jsonl"
-    if metrics is not None:
-        metrics.unlink(missing_ok=True)
-    label = describe(job.method, plan)
-    started = time.perf_counter()
-    if job.method == "single":
-        parts = {
-            name: _train(
-                for_one(problem, name),
-                plan=None,
-                seed=seed,
-                record=0,
-                machine=job.machine,
-                description=f"{label} {name} seed {seed}",
-                metrics=metrics,
-            )
-            for name in problem.task_names
-        }
-        model: nn.Module = SingleTasks({n: p.model for n, p in parts.items()})
-        log, parameters = None, sum(p.parameters for p in parts.values())
-        values = {task: of for p in parts.values() for task, of in p.metrics.items()}
-        network = type(next(iter(parts.values())).model).__name__
-    else:
-        trained = _train(
-            problem,
-            plan=plan,
-            seed=seed,
-            record=job.record,
-            machine=job.machine,
-            description=f"{label} seed {seed}",
-            norm_stats=job.norm_stats,
-            metrics=metrics,
+        return _plain(
+            {
+                "format": "reconmtl.config/1",
+                "problem": self.problem.name,
+                "data": self.problem.fingerprint(),
+                "method": self.method,
+                "seed": seed,
+                "record": self.record,
+                "norm_stats": self.norm_stats,
+                "recipe": self.problem.recipe.to_dict(),
+                "plan": None if self.plan is None else self.plan.to_dict(),
+                "machine": self.machine.identity(),
+            }
         )
-        model, log, parameters, values = trained.model, trained.log, trained.parameters, trained.metrics
-        network = type(model).__name__
-    seconds = time.perf_counter() - started
-    model.zero_grad(set_to_none=True)
-    model = model.cpu().eval()  # several seeds' networks would fill an accelerator
+
+
+def _fit_seed(asked: _Asked, seed: int, out: Path | None, resume: bool, overwrite: bool) -> Run:
+    problem, plan, config = asked.problem, asked.plan, asked.config(seed)
+    folder = None
+    if out is not None:
+        folder = _prepared(out / f"seed{seed}", config, plan, resume=resume, overwrite=overwrite)
+        if (folder / "result.json").exists():
+            _clear_parts(folder)
+            try:
+                return open_run(folder, problem)
+            except ReconError as error:
+                raise RunError(f"{error} Delete {folder} and repeat with --resume to train this seed again.") from None
+    label = describe(asked.method, plan)
+    job = Job(
+        problem=problem,
+        plan=plan,
+        seed=seed,
+        record=asked.record,
+        machine=asked.machine,
+        description=f"{label} seed {seed}",
+        norm_stats=asked.norm_stats,
+        metrics=None if folder is None else folder / "metrics.jsonl",
+        checkpoint=None if folder is None else folder / "last.ckpt",
+    )
+    with nullcontext() if folder is None else asked_politely():
+        trained = _singles(job) if asked.method == "single" else train(job)
+    network = trained.model
+    if isinstance(network, SingleTasks):
+        network = next(iter(network.networks.values()))
+    trained.model.zero_grad(set_to_none=True)
+    model = trained.model.cpu().eval()  # several seeds' networks would fill an accelerator
     run = Run(
-        method=job.method,
+        method=asked.method,
         label=label,
         seed=seed,
-        metrics=values,
+        metrics=trained.metrics,
         directions={t.name: {m.name: m.best for m in t.metrics} for t in problem.tasks},
-        parameters=parameters,
-        seconds=seconds,
+        parameters=trained.parameters,
+        seconds=trained.seconds,
         fingerprint=problem.fingerprint(),
-        network=network,
+        network=type(network).__name__,
         config=config,
         plan=plan,
-        log=log,
+        log=trained.log,
         path=folder,
         build=lambda _: model,
     )
     if folder is not None:
-        if log is not None:
-            log.save(folder / "log")
-        save_checkpoint(folder / "last.ckpt", model, {"label": label, "seed": seed})
-        write_json(folder / "result.json", run.to_dict())  # last: its presence says that the run is finished
+        about = {"label": label, "seed": seed}
+        if asked.method == "single":
+            save_checkpoint(folder / "last.ckpt", model, about)
+        run.save()
+        if asked.method != "single":  # until now it held the state of the training
+            save_checkpoint(folder / "last.ckpt", model, about)
+        _clear_parts(folder)
     return run
+
+
+def _singles(job: Job) -> Trained:
+    """One training per task, one after the other, each with a checkpoint of its own."""
+    parts: dict[str, Trained] = {}
+    begin = 0
+    for i, name in enumerate(job.problem.task_names):
+        parts[name] = train(
+            replace(
+                job,
+                problem=for_one(job.problem, name),
+                record=0,
+                description=job.description.replace(" seed", f" {name} seed"),
+                begin=begin,
+                checkpoint=None if job.checkpoint is None else job.checkpoint.with_name(f"part{i}.ckpt"),
+            )
+        )
+        begin = parts[name].written
+    return Trained(
+        model=SingleTasks({n: p.model for n, p in parts.items()}),
+        log=None,
+        parameters=sum(p.parameters for p in parts.values()),
+        metrics={task: of for p in parts.values() for task, of in p.metrics.items()},
+        seconds=sum(p.seconds for p in parts.values()),
+        written=begin,
+    )
+
+
+def _clear_parts(folder: Path) -> None:
+    for part in folder.glob("part*.ckpt"):
+        with suppress(OSError):
+            part.unlink()
 
 
 def open_run(path: str | Path, problem: Problem) -> Run:
@@ -394,11 +360,8 @@ def open_run(path: str | Path, problem: Problem) -> Run:
             model = problem.model()
             if run.plan is not None:
                 model = split(model, run.plan, norm_stats=run.config["norm_stats"], sample=problem.sample())
-        state = load_checkpoint(run.path / "last.ckpt")
-        missing, unexpected = model.load_state_dict(state, strict=False)
-        wrong = [n for n in [*missing, *unexpected] if not n.endswith("_extra_state")]
-        if wrong:
-            raise RunError(f"{run.path} was trained with another network: {wrong[0]!r} is in one of them only.")
+        source = run.path / "last.ckpt"
+        restore_model(model, read_checkpoint(source), source)
         return model.eval()
 
     return replace(Run.load(path), build=build)

@@ -13,11 +13,12 @@ import torch
 from torch import nn
 
 from reconmtl import runs
+from reconmtl.checkpoints import load_checkpoint, save_checkpoint
 from reconmtl.conflicts import ConflictLog
 from reconmtl.errors import ReconError, RunError
 from reconmtl.files import write_json
 from reconmtl.plan import Plan
-from reconmtl.runs import Run, describe, environment, load_checkpoint, new_folder, save_checkpoint
+from reconmtl.runs import Run, describe, environment, new_folder
 
 PLAN = Plan(tasks=["a", "b"], layers=["fc"], chosen={"by": "conflict", "k": 1})
 CONFIG = {"problem": "p", "norm_stats": "per-task", "recipe": {"lr": 0.1}}
@@ -41,11 +42,10 @@ def make(**changes: Any) -> Run:
 
 def write(folder: Path, run: Run) -> Path:
     write_json(folder / "config.json", run.config)
-    write_json(folder / "result.json", run.to_dict())
     if run.plan is not None:
         run.plan.save(folder / "plan.json")
-    if run.log is not None:
-        run.log.save(folder / "log")
+    run.path = folder
+    run.save()
     return folder
 
 
@@ -69,6 +69,17 @@ def test_a_run_comes_back_as_it_was(tmp_path: Path, full: bool) -> None:
         assert loaded.plan is None and loaded.log is None
 
 
+def test_time_is_kept_beside_the_result(tmp_path: Path) -> None:
+    assert Run.load(write(tmp_path, make())).seconds == 1.5
+    assert "seconds" not in make().to_dict()
+    (tmp_path / "timing.json").unlink()
+    assert math.isnan(Run.load(tmp_path).seconds)
+    for wrong in ("[]", '{"format": "reconmtl.timing/1"}', '{"format": "reconmtl.timing/1", "seconds": -1}'):
+        (tmp_path / "timing.json").write_text(wrong)
+        with pytest.raises(RunError, match=r"timing\.json: field 'seconds'"):
+            Run.load(tmp_path)
+
+
 def test_a_metric_without_a_value_does_not_lose_the_run(tmp_path: Path) -> None:
     metrics = {"a": {"acc": float("nan"), "f1": float("inf")}, "b": {"mse": -float("inf")}, "c": {}}
     loaded = Run.load(write(tmp_path, make(metrics=metrics))).metrics
@@ -83,7 +94,7 @@ def test_a_run_without_its_problem_says_how_to_get_the_network(tmp_path: Path) -
 
 
 @pytest.mark.parametrize(
-    "field", ["method", "label", "seed", "metrics", "directions", "parameters", "seconds", "fingerprint", "network"]
+    "field", ["method", "label", "seed", "metrics", "directions", "parameters", "fingerprint", "network"]
 )
 @pytest.mark.parametrize("damage", ["missing", "wrong"])
 def test_a_damaged_field_is_named(tmp_path: Path, field: str, damage: str) -> None:

@@ -230,6 +230,7 @@ def test_a_run_folder_holds_everything_and_opens_again(tmp_path: Path) -> None:
         "metrics.jsonl",
         "plan.json",
         "result.json",
+        "timing.json",
     }
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [line["epoch"] for line in lines] == [1, 2, 3, 4]

@@ -1,0 +1,327 @@
+"""The one training loop: a network under one seed, stopped and continued as if it had never been stopped."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from reconmtl.batches import call
+from reconmtl.checkpoints import Checkpoint, read_checkpoint, restore_model, save_checkpoint
+from reconmtl.conflicts import ConflictLog
+from reconmtl.errors import Interrupted, ProblemError, ReconError, RunError
+from reconmtl.evaluation import Machine, evaluate
+from reconmtl.interruptions import leave_if_asked
+from reconmtl.plan import Plan
+from reconmtl.probing import Probe
+from reconmtl.problem import Problem
+from reconmtl.progress import bar
+from reconmtl.randomness import random_states, seeded, set_random_states
+from reconmtl.runs import Values, plain_values
+from reconmtl.sampling import ALL, Indices, Sampler
+from reconmtl.splitting import check_optimizer, split
+
+NormStats = Literal["per-task", "shared"]
+EVALUATIONS = 10
+"""Evaluations spread over a training, the last one after the last epoch."""
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a training made.
+
+    Attributes:
+        model: The network after the last epoch.
+        log: What was recorded; None if nothing was.
+        parameters: Trained ones; of a single-task network those that its loss reaches.
+        metrics: Of the test set after the last epoch; empty where training stopped before.
+        seconds: Wall time of the training, interruptions left out.
+        written: Bytes of the metrics file.
+    """
+
+    model: nn.Module
+    log: ConflictLog | None
+    parameters: int
+    metrics: Values
+    seconds: float
+    written: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What a training is to do.
+
+    Attributes:
+        problem: What is trained.
+        plan: Layers to split beforehand.
+        seed: Of initialisation and batches.
+        record: Measure one of so many steps; 0 none.
+        overhead: Instead: the share of training time that measuring may add.
+        machine: Where and how it runs.
+        description: Shown beside the progress bar and in errors.
+        stop: Train only so many epochs of the recipe's schedule; None trains all.
+        norm_stats: What split networks do with running statistics.
+        metrics: File that gets a line per epoch.
+        begin: Where this training's lines begin in that file, in bytes.
+        checkpoint: File from which it goes on and to which it saves; None keeps nothing.
+    """
+
+    problem: Problem
+    plan: Plan | None
+    seed: int
+    record: int
+    overhead: float | None = None
+    machine: Machine
+    description: str
+    stop: int | None = None
+    norm_stats: NormStats = "per-task"
+    metrics: Path | None = None
+    begin: int = 0
+    checkpoint: Path | None = None
+
+
+def train(job: Job) -> Trained:
+    """Train one network, from its checkpoint if there is one.
+
+    Raises:
+        ReconError: If the loss is not finite, or a checkpoint is damaged or of another training.
+        Interrupted: If a signal asked for it; the state is saved where there is a file for it.
+    """
+    with seeded(job.seed):
+        return _Training(job).run()
+
+
+class _Training:
+    """The state of one training; `_state` and `_restore` hold all of it that cannot be built again from the task."""
+
+    def __init__(self, job: Job) -> None:
+        self.job, self.seconds = job, 0.0
+        self.since = self.saved = time.perf_counter()
+        problem, recipe, machine = job.problem, job.problem.recipe, job.machine
+        self.fabric = machine.fabric()
+        self.epochs = recipe.epochs if job.stop is None else job.stop
+        self.sampler = Sampler(
+            {ALL: len(problem.train)},
+            batch_size=recipe.batch_size,
+            drop_last=recipe.drop_last,
+            seed=job.seed,
+            most=machine.max_batches,
+        )
+        if not self.sampler.steps:
+            raise ProblemError(
+                f"The training set has {len(problem.train)} samples, fewer than one batch of {recipe.batch_size}: "
+                "lower batch_size or pass drop_last=False."
+            )
+        model = problem.model()
+        if job.plan is not None:
+            model = split(model, job.plan, norm_stats=job.norm_stats, sample=problem.sample())
+        self.model = self.fabric.to_device(model)
+        torch.manual_seed(job.seed)  # drawing the weights of one network more or less must not move dropout
+        self.optimizer = recipe.make_optimizer(model)
+        check_optimizer(model, self.optimizer)
+        self.schedule = torch.optim.lr_scheduler.MultiStepLR(
+            self.optimizer, list(recipe.milestones), gamma=recipe.gamma
+        )
+        self.probe = None
+        if job.record:
+            self.probe = Probe(model, every=job.record, overhead=job.overhead, shared=problem.shared)
+        self.epoch = 1
+        self.stepped = False  # whether the steps of this epoch are done and its evaluation comes next
+        self.total = torch.zeros((), device=self.fabric.device)
+        self.absent = dict.fromkeys(problem.task_names, 0)
+        self.reached: set[str] = set()
+        self.values: Values = {}
+
+    # The loop. --------------------------------------------------------------------------------------------------------
+
+    def run(self) -> Trained:
+        job = self.job
+        if job.checkpoint is not None and job.checkpoint.exists():
+            self._restore(read_checkpoint(job.checkpoint), job.checkpoint)
+        else:
+            self._cut(job.begin)
+            self._save()  # a state or a disk that cannot be written to shows before the work
+        done = (self.epoch - 1) * self.sampler.steps + self.sampler.step
+        with bar(self.epochs * self.sampler.steps, job.description, done=done) as progress:
+            while self.epoch <= self.epochs:
+                self.model.train()
+                if not self.stepped:
+                    for indices in self.sampler.epoch():
+                        self._step(indices)
+                        progress.update()
+                        self._save_if_due()
+                    self.stepped = True
+                mean = float(self.total) / self.sampler.steps
+                if not math.isfinite(mean):
+                    raise RunError(
+                        f"{job.description}: the loss is {mean} in epoch {self.epoch}. Lower the learning rate "
+                        f"(lr = {job.problem.recipe.lr}), or look for a loss that divides by zero."
+                    )
+                progress.set_postfix_str(f"epoch {self.epoch}/{self.epochs}, loss {mean:.3f}")
+                try:
+                    self._write(self._evaluated(mean))
+                except Interrupted as asked:
+                    self._leave(asked)
+                self.schedule.step()
+                self.epoch, self.stepped = self.epoch + 1, False
+                self.total.zero_()
+                self.absent = dict.fromkeys(self.absent, 0)
+                self._save()
+        # Single-task networks are often joint ones: what their only task never reaches has no gradient and does not
+        # count.
+        counted = [p.numel() for n, p in self.model.named_parameters() if len(self.absent) > 1 or n in self.reached]
+        log = None if self.probe is None else self.probe.log
+        return Trained(self.model, log, sum(counted), self.values, self._elapsed(), self._written())
+
+    def _step(self, indices: Indices) -> None:
+        problem, fabric, model = self.job.problem, self.fabric, self.model
+        inputs, targets = problem.batch(problem.train, indices[ALL], fabric.device)
+        with fabric.autocast():
+            losses = problem.losses(call(model, inputs), targets)
+        for name in self.absent.keys() - losses.keys():
+            self.absent[name] += 1
+        if not losses:
+            return
+        self.optimizer.zero_grad()
+        loss = torch.stack([v.detach() for v in losses.values()]).sum()
+        if self.probe is not None:
+            self.probe.backward(losses)
+        else:
+            fabric.backward(torch.stack(list(losses.values())).sum())
+        if self.epoch == 1:
+            self.reached.update(n for n, p in model.named_parameters() if p.grad is not None)
+        self.optimizer.step()
+        self.total += loss
+
+    def _evaluated(self, mean: float) -> dict[str, object]:
+        """The epoch's line of the metrics file."""
+        job, problem = self.job, self.job.problem
+        entry: dict[str, object] = {"epoch": self.epoch, "tasks": list(problem.task_names), "loss": mean}
+        if any(self.absent.values()):
+            entry["absent"] = {t: n / self.sampler.steps for t, n in self.absent.items()}
+        at = {math.ceil(problem.recipe.epochs * (i + 1) / EVALUATIONS) for i in range(EVALUATIONS)}
+        if job.stop is None and (self.epoch == self.epochs or (job.metrics is not None and self.epoch in at)):
+            self.values = evaluate(problem, self.model, problem.test, machine=job.machine)
+            entry["test"] = plain_values(self.values)
+            if problem.val is not None:
+                entry["val"] = plain_values(evaluate(problem, self.model, problem.val, machine=job.machine))
+        return entry
+
+    # Its state. -------------------------------------------------------------------------------------------------------
+
+    def _save_if_due(self) -> None:
+        machine = self.job.machine
+        try:
+            leave_if_asked()
+        except Interrupted as asked:
+            self._leave(asked)
+        steps, seconds = machine.checkpoint_steps, machine.checkpoint_seconds
+        done = (self.epoch - 1) * self.sampler.steps + self.sampler.step
+        late = seconds is not None and time.perf_counter() - self.saved >= seconds
+        if late or (steps is not None and done % steps == 0):
+            self._save()
+
+    def _leave(self, asked: Interrupted) -> None:
+        if self.job.checkpoint is None:
+            raise asked
+        self._save()
+        where = f"epoch {self.epoch} of {self.epochs}, {self.job.checkpoint}"
+        raise Interrupted(asked.signal, f"Saved in {where}. Repeat the command with --resume to go on.") from None
+
+    def _elapsed(self) -> float:
+        return self.seconds + time.perf_counter() - self.since
+
+    def _save(self) -> None:
+        if self.job.checkpoint is None:
+            return
+        about = {"epoch": self.epoch, "epochs": self.epochs, "seed": self.job.seed}
+        save_checkpoint(self.job.checkpoint, self.model, about, training=self._state())
+        self.saved = time.perf_counter()
+
+    def _state(self) -> dict[str, Any]:
+        return {
+            "epoch": self.epoch,
+            "stepped": self.stepped,
+            "sampler": self.sampler.state(),
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": {"last_epoch": self.schedule.last_epoch, "_step_count": self.schedule._step_count},
+            "probe": None if self.probe is None else self.probe.state_dict(),
+            "total": self.total,
+            "absent": self.absent,
+            "reached": sorted(self.reached),
+            "values": self.values,
+            "seconds": self._elapsed(),
+            "written": self._written(),
+            "random": random_states(),
+        }
+
+    def _restore(self, found: Checkpoint, source: Path) -> None:
+        try:
+            self._take(found, source)
+        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, IndexError, ReconError) as error:
+            told = str(error) if isinstance(error, ReconError) else f"{type(error).__name__}: {error}"
+            raise RunError(
+                f"{source} cannot be continued: {told} Delete this file to train from the beginning."
+            ) from None
+
+    def _take(self, found: Checkpoint, source: Path) -> None:
+        if found.training is None:
+            raise RunError("it holds a finished network, not the state of a training.")
+        state = found.training["state"]
+        restore_model(self.model, found, source)
+        self.sampler.restore(state["sampler"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+        self.optimizer._opt_called = True  # type: ignore[attr-defined]  # it was, before the stop; else PyTorch warns
+        if (self.probe is None) != (state["probe"] is None):
+            raise RunError("it was made with another setting of `record`.")
+        if self.probe is not None:
+            self.probe.load_state_dict(state["probe"])
+        self.epoch, self.stepped = int(state["epoch"]), bool(state["stepped"])
+        if not 1 <= self.epoch <= self.epochs + 1:
+            raise RunError(f"field 'epoch' = {self.epoch} is not among 1 to {self.epochs + 1}.")
+        self.total.copy_(state["total"])
+        self.absent = {t: int(state["absent"][t]) for t in self.absent}
+        self.reached = set(state["reached"])
+        self.values = {str(t): {str(m): float(v) for m, v in of.items()} for t, of in state["values"].items()}
+        self.seconds, self.since = float(state["seconds"]), time.perf_counter()
+        self._cut(state["written"])
+        set_random_states(state["random"])  # last: nothing is drawn from here to the next step
+
+    # The metrics file. ------------------------------------------------------------------------------------------------
+
+    def _written(self) -> int:
+        """Bytes of the metrics file."""
+        path = self.job.metrics
+        return path.stat().st_size if path is not None and path.exists() else 0
+
+    def _cut(self, size: int) -> None:
+        """Take back lines that were written after the checkpoint."""
+        path = self.job.metrics
+        if path is None:
+            return
+        if self._written() < size:
+            raise RunError(f"{path} is shorter than when the checkpoint was written.")
+        if path.exists():
+            os.truncate(path, size)
+
+    def _write(self, entry: dict[str, object]) -> None:
+        path = self.job.metrics
+        if path is None:
+            return
+        try:
+            with path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(entry, allow_nan=False) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise RunError(
+                f"Cannot write {path}: {error.strerror or error}. What was saved before is whole."
+            ) from error

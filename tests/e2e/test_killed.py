@@ -1,0 +1,107 @@
+"""Trainings that are killed (SIGKILL) at random moments and continued end as one that was never killed."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import reconmtl as rm
+from reconmtl.errors import RunError
+from reconmtl.problems import planted
+
+KILLS = 20
+
+
+class Slow(planted.PlantedData):
+    """Takes its time, so that a training lasts for seconds."""
+
+    def batch(self, indices: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        time.sleep(0.004)
+        return super().batch(indices)
+
+
+def _fit(out: Path, **changes: Any) -> None:
+    problem = planted.make().replace(train=Slow(512, seed=1))
+    plan = rm.Plan(tasks=planted.TASKS, layers=["blocks.1"])
+    options: dict[str, Any] = {"epochs": 30, "momentum": 0.9, "milestones": (10, 20), "record": 2}
+    machine = rm.Machine(checkpoint_steps=5)
+    rm.fit(problem, plan=plan, out=out, resume=True, machine=machine, **options | changes)
+
+
+def _in_child(work: Callable[[], None]) -> int:
+    pid = os.fork()
+    if pid == 0:
+        try:
+            work()
+        except BaseException as error:
+            print(f"{type(error).__name__}: {error}", flush=True)
+            os._exit(1)
+        os._exit(0)
+    return pid
+
+
+def _files(folder: Path) -> dict[str, bytes]:
+    found = {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    return {n: b for n, b in found.items() if Path(n).name not in ("timing.json", "env.json")}
+
+
+def _main() -> int:
+    draw = random.Random(0)
+    equal = 0
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        _fit(folder / "warm", epochs=1, milestones=())  # what is imported here need not be imported in every child
+        began = time.perf_counter()
+        os.waitpid(_in_child(lambda: _fit(folder / "whole")), 0)
+        lasts = time.perf_counter() - began
+        expected = _files(folder / "whole")
+        print(f"uninterrupted: {lasts:.1f} s, {len(expected)} files")
+        for k in range(KILLS):
+            out = folder / f"killed{k}"
+            pid = _in_child(lambda: _fit(out))  # noqa: B023 called at once
+            at = draw.uniform(0, lasts)
+            time.sleep(at)
+            os.kill(pid, signal.SIGKILL)
+            killed = os.waitpid(pid, 0)[1] == signal.SIGKILL
+            lines = len((out / "seed0" / "metrics.jsonl").read_text().splitlines()) if killed and _epoch(out) else 0
+            os.waitpid(_in_child(lambda: _fit(out)), 0)  # noqa: B023
+            same = _files(out) == expected
+            equal += killed and same
+            print(f"killed after {at:5.2f} s, {lines:2} epochs written: {'equal' if same else 'DIFFERENT'}", flush=True)
+    print(f"{equal} of {KILLS} killed and continued trainings equal the uninterrupted one")
+    return 0 if equal == KILLS else 1
+
+
+def _epoch(out: Path) -> bool:
+    return (out / "seed0" / "metrics.jsonl").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="starts its processes by fork")
+def test_killed_and_continued_trainings_equal_an_uninterrupted_one(capfd: pytest.CaptureFixture[str]) -> None:
+    done = subprocess.run([sys.executable, __file__], capture_output=True, text=True, timeout=280, check=False)
+    with capfd.disabled():
+        print(f"\n{done.stdout}")
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_another_training_in_the_folder_of_a_killed_one_is_refused(tmp_path: Path) -> None:
+    problem = planted.make()
+    rm.fit(problem, out=tmp_path, epochs=1, milestones=())
+    (tmp_path / "seed0" / "result.json").unlink()
+    with pytest.raises(RunError, match="other settings"):
+        rm.fit(problem, out=tmp_path, resume=True, epochs=2, milestones=())
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    sys.exit(_main())
