@@ -67,23 +67,23 @@ class Recorder:
         layout, pending, skip = self._pending
         chunk = torch.stack(pending).cpu()  # the only place where an accelerator has to be waited for
         self._pending = None
-        finite = chunk.diagonal(dim1=2, dim2=3).isfinite()
+        finite = chunk.diagonal(dim1=2, dim2=3).isfinite()  # [steps, layers, tasks]
         for k, segment in enumerate(layout.segments):
-            for i in range(len(layout.tasks)):
-                if i not in segment.tasks:
-                    finite[:, k, i] = True  # absent, not infinite
-                elif not skip and not finite[:, k, i].all():
-                    raise ProbeError(
-                        f"The gradient of task {layout.tasks[i]!r} at layer {segment.layer!r} is not finite. "
-                        "Lower the learning rate, or look for a loss that divides by zero. With a gradient scaler, "
-                        "pass the losses unscaled and `scaler=`: the steps that it skips are then left out."
-                    )
+            if len(segment.tasks) < len(layout.tasks):
+                finite[:, k, [i for i in range(len(layout.tasks)) if i not in segment.tasks]] = True  # absent
         if skip:
             kept = finite.flatten(1).all(1)
             chunk = chunk[kept]
             self._skipped += int((~kept).sum())
             if not len(chunk):
                 return
+        elif not finite.all():
+            _, k, i = (~finite).nonzero()[0].tolist()
+            raise ProbeError(
+                f"The gradient of task {layout.tasks[i]!r} at layer {layout.segments[k].layer!r} is not finite. "
+                "Lower the learning rate, or look for a loss that divides by zero. With a gradient scaler, "
+                "pass the losses unscaled and `scaler=`: the steps that it skips are then left out."
+            )
         self._chunks.append((layout, chunk))
         self._bytes += chunk.nbytes // 2  # what is kept in the end is the upper triangle
         if self._counts is not None or self._bytes > self.limit:

@@ -3,10 +3,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from reconmtl.conflicts import ConflictLog
 from reconmtl.counts import COARSE, GRID, WINDOWS, Counts, bins, edges
 from reconmtl.errors import RunError
+from reconmtl.layers import find_layers
+from reconmtl.passes import Layout, Segment
+from reconmtl.recording import Recorder
 
 TASKS = ("a", "b", "c", "d")
 
@@ -106,3 +110,37 @@ def test_logs_of_both_kinds_merge() -> None:
     for mixed in (first.counted().merge([second]), first.merge([second.counted()])):
         assert mixed.steps == 100
         assert torch.equal(mixed.scores(severity=-0.25), both.scores(severity=-0.25))
+
+
+def test_a_log_of_celebas_size_is_small_and_keeps_time(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """What is written does not grow with the steps, so that few of them per window tell the size of 10,000."""
+    monkeypatch.setattr("reconmtl.recording.CHUNK", 2)
+    tasks, layers = 40, 40
+    layout = Layout(
+        tasks=tuple(f"t{i}" for i in range(tasks)),
+        segments=tuple(Segment(str(k), k, k + 1, tuple(range(tasks))) for k in range(layers)),
+        shared=(),
+        starts=(),
+        owner=(),
+        reached=(),
+        exclusive=(),
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+    )
+    recorder = Recorder(find_layers(nn.Sequential(*(nn.Linear(1, 1) for _ in range(layers)))), limit=0)
+    rows = torch.randn(layers, tasks, 3, generator=torch.Generator().manual_seed(0))
+    steps = 2 * (WINDOWS + 3)
+    for _ in range(steps):
+        recorder.add(layout, rows @ rows.mT)
+    recorder.log(every=1).save(tmp_path)
+    assert sum(f.stat().st_size for f in tmp_path.iterdir()) <= 60 * 2**20
+    log = ConflictLog.load(tmp_path)
+    assert log.counts is not None
+    windows = len(log.counts.lengths)
+    assert 16 <= windows <= WINDOWS
+    assert log.counts.layers.shape == (windows, layers, 2 * GRID + 1)
+    assert log.counts.whole.shape == (windows, 2 * GRID + 1)
+    assert log.counts.pairs.shape == (layers, tasks * (tasks - 1) // 2, 2 * COARSE + 1)
+    pairs = tasks * (tasks - 1) // 2
+    assert log.counts.layers.sum((0, 2)).tolist() == [steps * pairs] * layers
+    assert int(log.counts.whole.sum()) == int(log.counts.pairs[0].sum()) == steps * pairs
