@@ -24,6 +24,9 @@ FORMAT = "reconmtl.log/1"
 NOISE = 1e-6
 """A layer whose gradient norm stays below this fraction of the largest layer's carries rounding noise, no signal."""
 
+BLOCK = 2**15
+"""Floats of Gram matrices that are turned into cosines at once: as many as fit a processor's cache in float64."""
+
 TABLE_EDGES = (0.0, -0.01, -0.02, -0.03)
 """Bin edges of the paper's Table 6."""
 
@@ -48,11 +51,17 @@ def cosines_from_grams(grams: Tensor, tasks: int) -> Tensor:
     rows, columns = torch.triu_indices(tasks, tasks)
     diagonal = (rows == columns).nonzero().flatten()
     pairs = (rows != columns).nonzero().flatten()
-    norms = grams[..., diagonal].double().sqrt()
-    product = norms[..., rows[pairs]] * norms[..., columns[pairs]]
-    cosines = grams[..., pairs].double() / product
-    cosines[~(product > 0)] = math.nan
-    return cosines.clamp(-1, 1).to(grams.dtype)
+    first, second = rows[pairs], columns[pairs]
+    flat = grams.reshape(-1, grams.shape[-1])
+    out = grams.new_empty(flat.shape[0], len(pairs))
+    block = max(1, BLOCK // max(flat.shape[1], 1))
+    for part, into in zip(flat.split(block), out.split(block), strict=True):
+        norms = part.index_select(1, diagonal).double().sqrt_()
+        product = norms.index_select(1, first).mul_(norms.index_select(1, second))
+        cosines = part.index_select(1, pairs).double().div_(product)
+        cosines[~(product > 0)] = math.nan
+        into.copy_(cosines.clamp_(-1, 1))
+    return out.view(*grams.shape[:-1], len(pairs))
 
 
 def conflict_scores(cosines: Tensor, *, severity: float) -> Tensor:
