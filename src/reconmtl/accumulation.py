@@ -11,9 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from reconmtl.engines import full_precision
 from reconmtl.gram import Gradients
-from reconmtl.passes import Layout, as_real, mark_absent
+from reconmtl.passes import Layout, as_real
 
 
 class Accumulation:
@@ -54,16 +53,4 @@ class Accumulation:
 
     def gram(self) -> tuple[Layout, Tensor]:
         """What is shared in any of the micro-batches, and its Gram matrices [layers, tasks, tasks]."""
-        masks: dict[str, int] = {}
-        for name, task in self._sums:
-            masks[name] = masks.get(name, 0) | 1 << self._tasks.index(task)
-        layout = self._gradients.layout_of(self._tasks, masks)
-        n = len(layout.tasks)
-        gram = torch.zeros((len(layout.segments), n, n), dtype=layout.dtype, device=layout.device)
-        with full_precision(layout.device):
-            for (name, parameter), k in zip(layout.shared, layout.owner, strict=True):
-                zero = as_real(torch.zeros_like(parameter)).flatten().to(layout.dtype)
-                rows = torch.stack([self._sums.get((name, t), zero).to(layout.dtype) for t in layout.tasks])
-                gram[k].addmm_(rows, rows.T)
-        mark_absent(layout, gram)
-        return layout, gram
+        return self._gradients.grams_of(self._tasks, self._sums)

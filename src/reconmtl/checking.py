@@ -98,4 +98,4 @@ def check_probe(problem: Problem, *, batch: tuple[Any, Mapping[str, Tensor]] | N
         else:
             inputs, targets = batch[0], {t: (y, None) for t, y in batch[1].items()}
         losses = problem.losses(call(model, inputs), targets)
-        return Probe(model, shared=problem.shared).check(losses)
+        return Probe(model, shared=problem.shared, group=False).check(losses)

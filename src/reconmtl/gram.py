@@ -18,7 +18,9 @@ from reconmtl.engines import Site, find_site, full_precision, pays, site_floats
 from reconmtl.errors import ProbeError, RunError
 from reconmtl.graph import Graph, check_losses, many, reach
 from reconmtl.layers import ROOT, find_layers, match_layers
-from reconmtl.passes import Layout, Measured, Segment, Sweep, mark_absent, real_numel
+from reconmtl.oracle import reference_grams
+from reconmtl.passes import Layout, Measured, Segment, Sweep, as_real, mark_absent, real_numel
+from reconmtl.replicas import refuse_alone
 
 __all__ = [
     "Gradients",
@@ -45,6 +47,7 @@ class Gradients:
         engine: "flat" takes gradients at the weights, "delta" at the output of every layer that allows it, "auto"
             where that clearly pays.
         memory: Bytes that task gradients may take at once, see `MEMORY`.
+        alone: This process trains a model of its own, whatever torch.distributed runs beside it.
 
     Attributes:
         engines: Which engine each measured layer uses and, if it is "flat", why: filled by the first sweep.
@@ -57,12 +60,14 @@ class Gradients:
         shared: Iterable[str] | None = None,
         engine: str = "flat",
         memory: float = MEMORY,
+        alone: bool = False,
     ) -> None:
         if isinstance(model, nn.parallel.DistributedDataParallel):
             raise ProbeError(
                 "This model is wrapped in DistributedDataParallel, under which per-task gradients would silently stay "
-                "local to each process. Probe the bare module (`model.module`) in one process."
+                "local to each process: use `gradients_of(model)`."
             )
+        self._alone = alone
         lazy = [n for n, p in model.named_parameters() if isinstance(p, nn.UninitializedParameter)]
         if lazy:
             raise ProbeError(f"Parameter {lazy[0]!r} has no shape yet: run the model once on a batch before probing.")
@@ -194,6 +199,7 @@ class Gradients:
         Returns:
             Grams and update; the caller owns their memory.
         """
+        self.refuse_alone()
         graph, layout = self._read(losses)
         self._refuse_hooks(layout)
         sites = self._sites(graph, layout)
@@ -221,12 +227,77 @@ class Gradients:
         Returns:
             Grams and update, and the shared gradients [tasks, parameters], a buffer that the next call overwrites.
         """
+        self.refuse_alone()
         graph, layout = self._read(losses)
         self._refuse_hooks(layout)
         sweep = self._make(graph, layout, losses, {}, retain_graph, float("inf"))
         found = sweep.run(None)
         (part,) = sweep.parts
         return found, part.rows
+
+    def micro_batch(
+        self, losses: Mapping[str, Tensor], *, retain_graph: bool = False, last: bool
+    ) -> tuple[Measured, Tensor]:
+        """Measure one of several micro-batches of a step, see `explicit`.
+
+        Args:
+            losses: Scalar loss per task, all from one forward pass.
+            retain_graph: Keep the graph for a further backward pass.
+            last: Whether the step ends with it; all processes of a group meet then, in `grams_of`.
+        """
+        del last
+        return self.explicit(losses, retain_graph=retain_graph)
+
+    def grams_of(self, tasks: Sequence[str], sums: Mapping[tuple[str, str], Tensor]) -> tuple[Layout, Tensor]:
+        """Compute Gram matrices of gradients that were summed over micro-batches.
+
+        Args:
+            tasks: Their names.
+            sums: (parameter, task) -> its gradient [elements].
+
+        Returns:
+            What is shared in any of the micro-batches, and inner products [layers, tasks, tasks].
+        """
+        layout = self.layout_of(tasks, masks_of(tasks, sums))
+        n = len(layout.tasks)
+        gram = torch.zeros((len(layout.segments), n, n), dtype=layout.dtype, device=layout.device)
+        with full_precision(layout.device):
+            for (name, parameter), k in zip(layout.shared, layout.owner, strict=True):
+                zero = as_real(torch.zeros_like(parameter)).flatten().to(layout.dtype)
+                rows = torch.stack([sums.get((name, t), zero).to(layout.dtype) for t in layout.tasks])
+                gram[k].addmm_(rows, rows.T)
+        mark_absent(layout, gram)
+        return layout, gram
+
+    def add(self, found: Measured) -> None:
+        """Add what a sweep found to `.grad`."""
+        add_update(found.layout, found.total, found.own, found.sparse)
+
+    def average(self) -> None:
+        """Average `.grad` over the processes that train the model; there are no others here."""
+
+    def backward(self, losses: Mapping[str, Tensor], *, last: bool = True) -> None:
+        """Run one ordinary backward pass over the summed losses.
+
+        Args:
+            losses: Scalar loss per task.
+            last: Whether a step ends with it; gradients are averaged over processes then.
+        """
+        del last
+        self.refuse_alone()
+        check_losses(losses)
+        total = sum(losses.values())
+        assert isinstance(total, Tensor)  # check_losses has seen at least one tensor
+        total.backward()
+
+    def reference(self, losses: Mapping[str, Tensor], layout: Layout) -> Tensor:
+        """Compute the Gram matrices of a layout's layers slowly, [layers, tasks, tasks]; the graph is kept."""
+        return reference_grams(losses, dict(zip(layout.layers, of_layers(layout), strict=True)))
+
+    def refuse_alone(self) -> None:
+        """Raise a ProbeError if other processes train the same model as far as anybody can tell."""
+        if not self._alone:
+            refuse_alone()
 
     def _make(
         self,
@@ -301,6 +372,22 @@ class Gradients:
 
 def _uncompiled(name: str) -> str:
     return ".".join(part for part in name.split(".") if part != "_orig_mod") or ROOT
+
+
+def masks_of(tasks: Sequence[str], pairs: Iterable[tuple[str, str]]) -> dict[str, int]:
+    """Bit masks, per parameter, of the positions of the tasks that reach it, from pairs (parameter, task)."""
+    masks: dict[str, int] = {}
+    for name, task in pairs:
+        masks[name] = masks.get(name, 0) | 1 << tasks.index(task)
+    return masks
+
+
+def of_layers(layout: Layout) -> list[list[nn.Parameter]]:
+    """The shared parameters of each measured layer."""
+    out: list[list[nn.Parameter]] = [[] for _ in layout.segments]
+    for (_, parameter), k in zip(layout.shared, layout.owner, strict=True):
+        out[k].append(parameter)
+    return out
 
 
 def grams(layout: Layout, rows: Tensor) -> Tensor:

@@ -53,20 +53,27 @@ class Graph:
         masks: Per node, a bit mask of the positions of the losses that reach it.
         uses: Per node, the nodes that its result flows into, each with the position of the argument.
         leaves: `id(leaf tensor)` -> the node that accumulates its gradient.
+        tied: Whether passes from several losses execute one node that cannot be executed again once a pass has freed
+            the graph, see `_through`.
+        starts: Per loss, the node that computes it and the position among that node's outputs.
     """
 
     def __init__(self, losses: Sequence[Tensor], *, opaque: bool = False) -> None:
         order: list[Node] = []
         self.children: dict[Node, list[tuple[Node, int, int]]] = {}  # (node, its output, our argument)
-        for loss in losses:
-            assert loss.grad_fn is not None  # established by check_losses
-            stack: list[tuple[Node, bool]] = [(loss.grad_fn, False)]
+        self.tied = any(loss.grad_fn is not None and _is_sink(loss.grad_fn) for loss in losses)
+        self.starts = [_through(loss.grad_fn, loss.output_nr) for loss in losses]
+        for start, _ in self.starts:
+            assert start is not None  # established by check_losses
+            stack: list[tuple[Node, bool]] = [(start, False)]
             while stack:
                 node, done = stack.pop()
                 if done:
                     order.append(node)
                 elif node not in self.children:
-                    below = [(n, k, i) for i, (n, k) in enumerate(node.next_functions) if n is not None]
+                    edges = [_through(n, k) for n, k in node.next_functions]
+                    self.tied = self.tied or any(n is not None and _is_sink(n) for n, _ in node.next_functions)
+                    below = [(n, k, i) for i, (n, k) in enumerate(edges) if n is not None]
                     self.children[node] = below
                     stack.append((node, True))
                     # The first argument goes deepest (it is the layer's input), so that a weight's own small branch
@@ -76,12 +83,12 @@ class Graph:
                         raise ProbeError(f"The graph contains {node.name()}: {OPAQUE[node.name()]}.")
         order.reverse()
         self.order = order
-        self.roots = [loss.grad_fn for loss in losses]
+        self.roots = [start for start, _ in self.starts]
         self.masks = dict.fromkeys(order, 0)
         self.uses: dict[Node, list[tuple[Node, int]]] = {node: [] for node in order}
         self.leaves: dict[int, Node] = {}
-        for i, loss in enumerate(losses):
-            self.masks[loss.grad_fn] |= 1 << i  # type: ignore[index]  # not None, see above
+        for i, (start, _) in enumerate(self.starts):
+            self.masks[start] |= 1 << i  # type: ignore[index]  # not None, see above
         for node in order:
             mask = self.masks[node]
             for child, _, argument in self.children[node]:
@@ -91,9 +98,9 @@ class Graph:
             if leaf is not None:
                 self.leaves[id(leaf)] = node
         if not opaque:
-            self._refuse_divided(losses)
+            self._refuse_divided()
 
-    def _refuse_divided(self, losses: Sequence[Tensor]) -> None:
+    def _refuse_divided(self) -> None:
         """Raise a ProbeError if a compiled region has outputs that different tasks use."""
         compiled = [node for node in self.order if node.name() == COMPILED]
         for node in compiled:
@@ -102,9 +109,9 @@ class Graph:
                 for child, output, _ in self.children[parent]:
                     if child is node:
                         outputs[output] = outputs.get(output, 0) | self.masks[parent]
-            for i, loss in enumerate(losses):
-                if loss.grad_fn is node:
-                    outputs[loss.output_nr] = outputs.get(loss.output_nr, 0) | 1 << i
+            for i, (start, output) in enumerate(self.starts):
+                if start is node:
+                    outputs[output] = outputs.get(output, 0) | 1 << i
             if len(set(outputs.values())) > 1:
                 raise ProbeError(f"The graph contains {COMPILED}: {OPAQUE[COMPILED]}.")
 
@@ -112,6 +119,23 @@ class Graph:
         """Which losses reach a leaf tensor; what counts is reachability, not a nonzero gradient."""
         node = self.leaves.get(id(leaf))
         return 0 if node is None else self.masks[node]
+
+
+def _is_sink(node: Node) -> bool:
+    return node.name() == "_DDPSinkBackward"
+
+
+def _through(node: Node | None, output: int) -> tuple[Node | None, int]:
+    """Follow an edge through what DistributedDataParallel may put behind every output of the model.
+
+    That node hands each gradient on unchanged, but it is one node for all outputs, so every task would seem to reach
+    every parameter.
+    """
+    while node is not None and _is_sink(node):
+        needed = list(node.needs_input_grad)[1:]  # type: ignore[attr-defined]  # the first input is the wrapper itself
+        inputs = [edge for edge in node.next_functions if edge[0] is not None]
+        node, output = inputs[sum(needed[:output])] if needed[output] else (None, 0)
+    return node, output
 
 
 def reach(losses: Sequence[Tensor], *, opaque: bool = False) -> dict[int, int]:

@@ -20,20 +20,28 @@ def reference_grams(losses: Mapping[str, Tensor], layers: Mapping[str, Sequence[
     Returns:
         Inner products [layers, tasks, tasks], float64; gradients that do not exist count as zero.
     """
-    vectors: list[list[Tensor]] = []
-    for loss in losses.values():
-        per_layer = []
-        for parameters in layers.values():
-            grads = torch.autograd.grad(loss, list(parameters), retain_graph=True, allow_unused=True)
-            flat = [
-                as_real(torch.zeros_like(p) if g is None else (g.to_dense() if g.is_sparse else g)).double().flatten()
-                for p, g in zip(parameters, grads, strict=True)
-            ]
-            per_layer.append(torch.cat(flat))
-        vectors.append(per_layer)
-    out = torch.empty(len(layers), len(losses), len(losses), dtype=torch.float64)
-    for k in range(len(layers)):
-        for i in range(len(losses)):
-            for j in range(len(losses)):
+    return products([reference_vectors(loss, list(layers.values())) for loss in losses.values()])
+
+
+def reference_vectors(loss: Tensor, layers: Sequence[Sequence[nn.Parameter]]) -> list[Tensor]:
+    """Take a loss's gradient once per layer: its parameters' after each other, as one float64 vector each."""
+    out = []
+    for parameters in layers:
+        grads = torch.autograd.grad(loss, list(parameters), retain_graph=True, allow_unused=True)
+        flat = [
+            as_real(torch.zeros_like(p) if g is None else (g.to_dense() if g.is_sparse else g)).double().flatten()
+            for p, g in zip(parameters, grads, strict=True)
+        ]
+        out.append(torch.cat(flat))
+    return out
+
+
+def products(vectors: Sequence[Sequence[Tensor]]) -> Tensor:
+    """Inner products [layers, tasks, tasks] of vectors given per task and layer."""
+    tasks, layers = len(vectors), len(vectors[0])
+    out = torch.empty(layers, tasks, tasks, dtype=torch.float64)
+    for k in range(layers):
+        for i in range(tasks):
+            for j in range(tasks):
                 out[k, i, j] = torch.dot(vectors[i][k], vectors[j][k])
     return out

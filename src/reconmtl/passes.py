@@ -268,10 +268,13 @@ class Sweep:
         for i, (loss, head) in enumerate(zip(self.losses, self.shared.heads, strict=True)):
             if head is None:
                 continue
-            if many(self.graph.masks[loss.grad_fn]):  # type: ignore[index]  # not None, see check_losses
-                self.pending[i][loss.grad_fn, loss.output_nr] = torch.ones_like(loss)  # type: ignore[index]
+            start, output = self.graph.starts[i]
+            assert start is not None  # see check_losses
+            if many(self.graph.masks[start]):
+                self.pending[i][start, output] = torch.ones_like(loss)
                 continue
-            grads = self._grad([loss], None, [*head, *self.layout.exclusive[i]], self.retain)
+            keep = self.retain or self.graph.tied
+            grads = self._grad([loss], None, [*head, *self.layout.exclusive[i]], keep)
             for edge, grad in zip(head, grads, strict=False):
                 if grad is not None:
                     self.pending[i][edge.node, edge.output_nr] = grad

@@ -13,9 +13,9 @@ from reconmtl.accumulation import Accumulation
 from reconmtl.buffers import undisturbed
 from reconmtl.conflicts import ConflictLog, cosines_from_grams
 from reconmtl.errors import ProbeError, RunError, UnknownNameError, nearest
-from reconmtl.gram import Gradients, Measured, add_update, check_losses
+from reconmtl.gram import Measured, check_losses
 from reconmtl.jacobians import jac_grams
-from reconmtl.oracle import reference_grams
+from reconmtl.parallel import ParallelGradients, gradients_of
 from reconmtl.recording import Recorder
 from reconmtl.schedule import Schedule
 
@@ -46,6 +46,10 @@ class Probe:
             left out is found from the times of the first six and shown by `every`.
         exact: Add one ordinary backward pass per measured step, so that `.grad` is bit-equal to plain training's.
         shared: Names or globs of shared layers, only needed where compiled regions hide the graph.
+        group: Under data parallel training, who averages gradients. None: the DistributedDataParallel (or Fabric's)
+            given as `model`. A `torch.distributed` process group: the probe itself, for a bare model in every process.
+            A DistributedDataParallel that contains `model`. False: nobody, each process trains a model of its own.
+            All processes call `backward` equally often, and hold the same log.
 
     Raises:
         ProbeError: If the model cannot be measured as it is; the message says why.
@@ -70,12 +74,15 @@ class Probe:
         overhead: float | None = None,
         exact: bool = False,
         shared: Iterable[str] | None = None,
+        group: Any = None,  # noqa: ANN401 checked by find_replicas
     ) -> None:
         if engine not in get_args(Engine):
             raise UnknownNameError(f"Unknown engine {engine!r}. {nearest(str(engine), get_args(Engine))}")
-        self._schedule = Schedule(every=every, start=start, stop=stop, overhead=overhead)
         self.exact = exact
-        self._gradients = Gradients(model, shared=shared, engine=engine)
+        self._gradients = gradients_of(model, group=group, shared=shared, engine=engine)
+        self._parallel = self._gradients if isinstance(self._gradients, ParallelGradients) else None
+        agree = None if self._parallel is None else self._parallel.replicas.largest
+        self._schedule = Schedule(every=every, start=start, stop=stop, overhead=overhead, agree=agree)
         self._recorder = Recorder(self._gradients.layers)
         self._open: bool | None = None  # whether the step whose micro-batches come in is measured; None between steps
         self._sums: Accumulation | None = None
@@ -88,32 +95,43 @@ class Probe:
             scaler: A `torch.amp.GradScaler`: the losses are scaled before, what is recorded is unscaled, and steps
                 whose gradients are not finite are left out, as the scaler leaves them out (see `skipped`).
             last: False if more micro-batches of the same step follow. The step is then recorded once, with the Gram of
-                the accumulated gradients; that takes tasks x (shared parameters) floats.
+                the accumulated gradients; that takes tasks x (shared parameters) floats. Inside `no_sync()` of a
+                DistributedDataParallel, micro-batches without last=False are ordinary backward passes, and the step's
+                record is of the one outside.
 
         Raises:
             ProbeError: If a loss is no scalar, has no graph, or the graph cannot be told apart per task.
         """
-        check_losses(losses)
-        if scaler is not None and scaler.is_enabled():
-            losses = {task: scaler.scale(loss) for task, loss in losses.items()}
+        if self._parallel is None:  # the other processes have to hear of it where they would wait
+            check_losses(losses)
+        elif not self._parallel.synchronises and last:
+            if self._open is not None:
+                raise ProbeError("The last micro-batch of a step is the one outside `no_sync()`: pass last=False here.")
+            self._gradients.backward(losses)  # no step: it ends with the backward pass outside
+            return
+        if scaler is not None and scaler.is_enabled() and isinstance(losses, Mapping):
+            losses = {task: scaler.scale(v) if isinstance(v, Tensor) else v for task, v in losses.items()}
         else:
             scaler = None
         with self._micro_batch(last) as (measure, whole):
             if not measure:
-                _sum(losses).backward()
+                self._gradients.backward(losses, last=last)
             elif whole:
                 found = self._gradients.sweep(losses, retain_graph=self.exact)
                 self._recorder.add(found.layout, _unscaled(found.gram, scaler), skip=scaler is not None)
-                self._update(losses, found)
+                self._update(losses, found, last)
             else:
                 assert self._sums is not None
-                found, rows = self._gradients.explicit(losses, retain_graph=self.exact)
+                found, rows = self._gradients.micro_batch(losses, retain_graph=self.exact, last=last)
                 self._sums.add(found.layout, rows, found.own)
-                self._update(losses, found)
-                if last:
-                    layout, gram = self._sums.gram()
+                whole_step = self._sums.gram() if last else None  # first, as other processes hear of a failure here
+                self._update(losses, found, last)
+                if whole_step is not None:
+                    layout, gram = whole_step
                     self._recorder.add(layout, _unscaled(gram, scaler), skip=scaler is not None)
                     self._sums = None
+                    if not self.exact:
+                        self._gradients.average()
 
     @contextmanager
     def _micro_batch(self, last: bool) -> Iterator[tuple[bool, bool]]:
@@ -133,12 +151,12 @@ class Probe:
                 yield measure, last
         self._open = None if last else measure
 
-    def _update(self, losses: Mapping[str, Tensor], found: Measured) -> None:
+    def _update(self, losses: Mapping[str, Tensor], found: Measured, last: bool) -> None:
         if self.exact:
-            _sum(losses).backward()
+            self._gradients.backward(losses, last=last)
             found.settle()
         else:
-            add_update(found.layout, found.total, found.own, found.sparse)
+            self._gradients.add(found)
 
     def record_jac(self, losses: Mapping[str, Tensor]) -> None:
         """Record from the `.jac` fields that `torchjd.autojac.backward` or `mtl_backward` has filled.
@@ -154,6 +172,12 @@ class Probe:
             ProbeError: If a shared parameter has no `.jac`, or not one row per loss; the parameters are named.
         """
         check_losses(losses)
+        if self._parallel is not None:
+            raise ProbeError(
+                "The `.jac` fields are those of this process only. Average each over the processes (all_reduce) before "
+                "`jac_to_grad`, and record them with a probe of the bare module, `Probe(model.module, group=False)`."
+            )
+        self._gradients.refuse_alone()
         with self._schedule.step() as measure:
             if measure:
                 layout = self._gradients.layout(losses)
@@ -231,13 +255,7 @@ class Probe:
             layout = found.layout
             if not layout.layers:
                 raise ProbeError("No layer is reached by the losses of two tasks: there is nothing shared to measure.")
-            parameters = dict(layout.shared)
-            by_layer = {
-                layer.name: [parameters[p] for p in layer.parameters if p in parameters]
-                for layer in self._gradients.layers
-                if layer.name in layout.layers
-            }
-            expected = reference_grams(losses, by_layer)
+            expected = self._gradients.reference(losses, layout)
         n = len(layout.tasks)
         upper = torch.triu_indices(n, n)
         measured = found.gram.cpu().double()[:, upper[0], upper[1]]
@@ -251,12 +269,6 @@ class Probe:
             layer = layout.layers[int(difference.amax(1).argmax())]
             raise ProbeError(f"The probe's cosine of layer {layer!r} differs from the oracle's by {worst:.2e}.")
         return worst
-
-
-def _sum(losses: Mapping[str, Tensor]) -> Tensor:
-    total = sum(losses.values())
-    assert isinstance(total, Tensor)  # check_losses has seen at least one tensor
-    return total
 
 
 def _unscaled(gram: Tensor, scaler: Scaler | None) -> Tensor:

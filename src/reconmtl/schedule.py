@@ -27,6 +27,7 @@ class Schedule:
         overhead: Share of training time that measuring may add, e.g. 0.1; `every` is then found from the first
             `len(REHEARSAL)` steps and kept. Which steps are measured depends on times, so two runs may differ in that.
         clock: Seconds.
+        agree: Makes one number of those that several processes have found for `every`.
 
     Raises:
         ProbeError: If an argument is out of range; every fault is named.
@@ -40,6 +41,7 @@ class Schedule:
         stop: int | None = None,
         overhead: float | None = None,
         clock: Callable[[], float] = time.perf_counter,
+        agree: Callable[[int], int] | None = None,
     ) -> None:
         faults = []
         if not _whole(every) or every < 1:
@@ -56,7 +58,7 @@ class Schedule:
         if faults:
             raise ProbeError("; ".join(faults) + ".")
         self.every, self.start, self.stop, self.overhead = every, start, stop, overhead
-        self._clock = clock
+        self._clock, self._agree = clock, agree
         self._step = 0
         self._first = start  # measured steps are this one and every `every` after it
         self._rehearsed: list[tuple[float, float]] = []  # per step of the rehearsal: begin and end of its backward pass
@@ -110,6 +112,8 @@ class Schedule:
         # of a whole step, from end to end: forward, backward, optimizer, data
         step = max(min(self._rehearsed[i][1] - self._rehearsed[i - 1][1] for i in plain), 1e-9)
         self.every = max(1, math.ceil(extra / (self.overhead * step)))
+        if self._agree is not None:
+            self.every = self._agree(self.every)
         self._first = number + sum(REHEARSAL) * self.every  # the rehearsal's measured steps are paid for first
 
     def _now(self) -> float:
