@@ -15,12 +15,25 @@ Targets = dict[str, tuple[Any, Tensor | None]]
 """Per task: the targets that are present, and the positions [n] of their samples in the batch (None: all of them)."""
 
 
+ALL = ""
+"""The key of a data set that all tasks share; a set that one task has for itself is kept under the task's name."""
+
+
 class Data(Protocol):
     """A map-style data set; items are `(input, {task: target})`, a missing target is an absent key or None."""
 
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int, /) -> Any: ...  # noqa: ANN401 inputs are whatever the user's model takes
+
+
+Sets = Data | Mapping[str, Data]
+"""What all tasks share, or `{task: data set}`; items of a task's own set may be `(input, target)`."""
+
+
+def sets_of(data: Sets) -> dict[str, Data]:
+    """The data sets by the task that each belongs to; one that is shared under `ALL`."""
+    return dict(data) if isinstance(data, Mapping) else {ALL: data}
 
 
 @runtime_checkable
@@ -36,6 +49,8 @@ def fetch(
     indices: Tensor,
     tasks: Sequence[str] | None,
     collate: Callable[[list[Any]], tuple[Any, Mapping[str, Any]]] | None = None,
+    *,
+    own: str | None = None,
 ) -> tuple[Any, Targets]:
     """Make a batch of the samples at `indices` [n].
 
@@ -44,6 +59,7 @@ def fetch(
         indices: Positions, [n].
         tasks: Whose targets are wanted; None: all there are.
         collate: Makes a batch of a list of items; None stacks them, of each task the targets that are there.
+        own: The task that the data set belongs to; targets that are no mapping are that task's.
 
     Returns:
         The inputs, and per task with any target: the targets, and their positions in the batch (None: all).
@@ -52,11 +68,11 @@ def fetch(
         ProblemError: If the items are not `(input, {task: target})`, or cannot be stacked.
     """
     if collate is not None:
-        inputs, targets = _complete(collate([data[int(i)] for i in indices]), "`collate`")
+        inputs, targets = _complete(_owned(collate([data[int(i)] for i in indices]), own), "`collate`")
     elif isinstance(data, BatchData) and callable(data.batch):
-        inputs, targets = _complete(data.batch(indices), f"{type(data).__name__}.batch")
+        inputs, targets = _complete(_owned(data.batch(indices), own), f"{type(data).__name__}.batch")
     else:
-        inputs, targets = _collate([data[int(i)] for i in indices], tasks)
+        inputs, targets = _collate([_owned(data[int(i)], own) for i in indices], tasks)
     return inputs, {t: targets[t] for t in (targets if tasks is None else tasks) if t in targets}
 
 
@@ -101,6 +117,13 @@ def call(model: nn.Module, inputs: Any) -> Any:  # noqa: ANN401 whatever the mod
     if isinstance(inputs, (tuple, list)):
         return model(*inputs)
     return model(inputs)
+
+
+def _owned(pair: Any, own: str | None) -> Any:  # noqa: ANN401 of the user
+    """An item or a batch of a task's own data set, its targets by task."""
+    if own is None or not isinstance(pair, (tuple, list)) or len(pair) != 2 or isinstance(pair[1], Mapping):
+        return pair
+    return pair[0], {own: pair[1]}
 
 
 def _complete(batch: Any, source: str) -> tuple[Any, Targets]:  # noqa: ANN401 of the user

@@ -8,12 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from reconmtl.batches import ALL
 from reconmtl.comparing import grid
 from reconmtl.errors import ProblemError
+from reconmtl.forward import Batches, Forward, draw
 from reconmtl.gram import check_losses, reach
 from reconmtl.layers import find_layers
 from reconmtl.probing import Probe
-from reconmtl.problem import Problem, call
+from reconmtl.problem import Problem
 from reconmtl.randomness import seeded
 
 
@@ -55,11 +57,12 @@ def covering(problem: Problem) -> Tensor:
     """Find a few training samples, at least two, that have a target for every task between them.
 
     Returns:
-        Positions in the training set, [n].
+        Positions in the training set that the tasks share, [n].
 
     Raises:
         ProblemError: If no training sample has a target for some task.
     """
+    assert not isinstance(problem.train, Mapping)
     chosen: list[int] = []
     seen: set[str] = set()
     order = torch.randperm(len(problem.train), generator=torch.Generator().manual_seed(0))
@@ -74,6 +77,24 @@ def covering(problem: Problem) -> Tensor:
     if missing:
         raise ProblemError(f"No training sample has a target for {missing}; is that the key in the data set's items?")
     return torch.tensor(chosen)
+
+
+def first_batches(problem: Problem, size: int = 0) -> Batches:
+    """A few training samples, at least `size` per data set where there are so many, with targets for every task.
+
+    Raises:
+        ProblemError: If no training sample has a target for some task.
+    """
+    device = torch.device("cpu")
+    if isinstance(problem.train, Mapping):
+        return draw(
+            problem,
+            problem.train,
+            {t: torch.arange(min(max(size, 2), len(d))) for t, d in problem.train.items()},
+            device,
+        )
+    indices = torch.cat([torch.arange(min(size, len(problem.train))), covering(problem)]).unique()
+    return draw(problem, problem.train, {ALL: indices}, device)
 
 
 def check_probe(problem: Problem, *, batch: tuple[Any, Mapping[str, Tensor]] | None = None) -> float:
@@ -92,10 +113,8 @@ def check_probe(problem: Problem, *, batch: tuple[Any, Mapping[str, Tensor]] | N
     with seeded(0):
         model = problem.model()
         if batch is None:
-            first = torch.arange(min(problem.recipe.batch_size, len(problem.train)))
-            indices = torch.cat([first, covering(problem)]).unique()
-            inputs, targets = problem.batch(problem.train, indices, torch.device("cpu"))
+            batches = first_batches(problem, problem.recipe.batch_size)
         else:
-            inputs, targets = batch[0], {t: (y, None) for t, y in batch[1].items()}
-        losses = problem.losses(call(model, inputs), targets)
+            batches = {ALL: (batch[0], {t: (y, None) for t, y in batch[1].items()})}
+        losses = Forward(problem, model).losses(batches)
         return Probe(model, shared=problem.shared, group=False).check(losses)

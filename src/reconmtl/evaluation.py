@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from reconmtl.batches import Data, call, check_outputs, select
+from reconmtl.batches import Sets, check_outputs, select, sets_of
 from reconmtl.errors import ProblemError, nearest
+from reconmtl.forward import Forward
 from reconmtl.interruptions import leave_if_asked
 from reconmtl.problem import Metric, Problem
 from reconmtl.randomness import seeded
@@ -81,13 +82,13 @@ class Machine:
             ) from error
 
 
-def evaluate(problem: Problem, model: nn.Module, data: Data, *, machine: Machine | None = None) -> Values:
+def evaluate(problem: Problem, model: nn.Module, data: Sets, *, machine: Machine | None = None) -> Values:
     """Judge a model on a whole data set.
 
     Args:
         problem: Whose metrics are computed.
         model: On the device where it is to run; its mode is restored afterwards.
-        data: The samples.
+        data: The samples; or {task: samples}.
         machine: Where the batches go and how many there are.
 
     Returns:
@@ -101,7 +102,12 @@ def evaluate(problem: Problem, model: nn.Module, data: Data, *, machine: Machine
     machine = machine or Machine()
     fabric = machine.fabric()
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    batches = torch.arange(len(data)).split(problem.recipe.batch_size)[: machine.max_batches]
+    forward = Forward(problem, model)
+    batches = [
+        (own, part, indices)
+        for own, part in sets_of(data).items()
+        for indices in torch.arange(len(part)).split(problem.recipe.batch_size)[: machine.max_batches]
+    ]
     sums = {(t.name, m.name): 0.0 for t in problem.tasks for m in t.metrics if not m.is_factory}
     states = {(t.name, m.name): m.fn() for t in problem.tasks for m in t.metrics if m.is_factory}
     for state in states.values():
@@ -110,11 +116,11 @@ def evaluate(problem: Problem, model: nn.Module, data: Data, *, machine: Machine
     counts = dict.fromkeys(problem.task_names, 0)
     # What is drawn while judging (by transforms, say) must not move the training that goes on afterwards.
     with evaluating(model), torch.no_grad(), seeded(0):
-        for indices in batches:
+        for own, part, indices in batches:
             leave_if_asked()
-            inputs, targets = problem.batch(data, indices, device)
+            inputs, targets = problem.batch(part, indices, device, own=own)
             with fabric.autocast():
-                outputs = call(model, inputs)
+                outputs = forward(own, inputs)
             check_outputs(outputs, targets)
             for task in problem.tasks:
                 if task.name not in targets:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from reconmtl.batches import Data, Targets, call, fetch, leaves, move, select
+from reconmtl.batches import ALL, Data, Targets, call, fetch, leaves, move, select, sets_of
 from reconmtl.errors import ProbeError, ReconError, SplitError, nearest
 from reconmtl.evaluation import evaluating, judge
 from reconmtl.findings import Checked, CheckedLayer, Finding, number_of
@@ -57,20 +57,25 @@ def check(problem: Problem | Callable[[], Problem]) -> Checked:
         built = problem if isinstance(problem, Problem) else _built(problem, found)
         if built is None:
             return Checked("problem", (), tuple(found))
-        batches = {}
+        batches: dict[tuple[str, str], _Batch | None] = {}
         for what in ("train", "test", "val"):
             data = getattr(built, what)
-            if data is not None:
-                batches[what] = _batch(built, what, data, found)
+            for own, part in sets_of(data).items() if data is not None else ():
+                batches[what, own] = _batch(built, what, own, part, found)
         layers = _look(built, batches, found)
     order = sorted(dict.fromkeys(found), key=lambda f: f.severity)  # "fault" comes before "warning"
-    met = {what: b for what, b in batches.items() if b is not None}
+    targets: dict[str, dict[str, int]] = {}
+    samples: dict[str, int] = {}
+    for (what, _), batch in batches.items():
+        if batch is not None:
+            targets.setdefault(what, {}).update(batch.counts())
+            samples[what] = max(samples.get(what, 0), batch.size)
     return Checked(
         problem=built.name,
         tasks=built.task_names,
         findings=tuple(order),
-        targets={what: b.counts() for what, b in met.items()},
-        samples={what: b.size for what, b in met.items()},
+        targets=targets,
+        samples=samples,
         layers=layers,
     )
 
@@ -127,11 +132,14 @@ def _built(make: Callable[[], Problem], found: list[Finding]) -> Problem | None:
 # Data -----------------------------------------------------------------------------------------------------------------
 
 
-def _batch(problem: Problem, what: str, data: Data, found: list[Finding]) -> _Batch | None:
+def _batch(problem: Problem, what: str, own: str, data: Data, found: list[Finding]) -> _Batch | None:
     """A batch in which every task has targets, as far as there are any."""
+    names = problem.task_names if own == ALL else (own,)
+    if own != ALL:
+        what = f"{what}[{own!r}]"
 
     def get(positions: Sequence[int]) -> tuple[Any, Targets]:
-        return fetch(data, torch.tensor(positions), None, problem.collate)
+        return fetch(data, torch.tensor(positions), None, problem.collate, own=own or None)
 
     order = torch.randperm(len(data)).tolist()
     chosen = order[: min(BATCH, max(problem.recipe.batch_size, ENOUGH), len(order))]
@@ -139,7 +147,7 @@ def _batch(problem: Problem, what: str, data: Data, found: list[Finding]) -> _Ba
     if first is FAILED:
         return None
     counts = _Batch(first[0], first[1], len(chosen)).counts()
-    missing = {t: counts.get(t, 0) for t in problem.task_names if counts.get(t, 0) < ENOUGH}
+    missing = {t: counts.get(t, 0) for t in names if counts.get(t, 0) < ENOUGH}
     for i in order[len(chosen) : LOOKED]:
         if not missing:
             break
@@ -157,25 +165,27 @@ def _batch(problem: Problem, what: str, data: Data, found: list[Finding]) -> _Ba
         return None
     inputs, targets = batch
     there = f"of the {len(order)} samples" if len(order) <= LOOKED else f"of {LOOKED} samples drawn at random"
-    absent = [t for t in problem.task_names if t not in targets]
-    extra = [t for t in targets if t not in problem.task_names]
+    absent = [t for t in names if t not in targets]
+    extra = [t for t in targets if t not in names]
     for t in absent:
         hint = f" {nearest(t, extra)}" if extra else ""
-        if what == "train" or problem.task(t).metrics:
+        if what.startswith("train") or problem.task(t).metrics:
             found.append(Finding(f"task {t!r}", f"no target in {what}: none {there} has one.{hint}"))
     for t in extra:
-        text = f"the targets {t!r} belong to no task. {nearest(str(t), absent or problem.task_names)}"
+        text = f"the targets {t!r} belong to no task. {nearest(str(t), absent or names)}"
         found.append(Finding(what, text, "warning"))
     bad = [leaf for leaf in leaves(inputs) if isinstance(leaf, Tensor) and not bool(leaf.isfinite().all())]
     if bad:
         found.append(Finding(what, f"the inputs hold values that are not finite (shape {list(bad[0].shape)})"))
-    return _Batch(inputs, {t: targets[t] for t in problem.task_names if t in targets}, len(chosen))
+    return _Batch(inputs, {t: targets[t] for t in names if t in targets}, len(chosen))
 
 
 # Network, losses, metrics ---------------------------------------------------------------------------------------------
 
 
-def _look(problem: Problem, batches: Mapping[str, _Batch | None], found: list[Finding]) -> tuple[CheckedLayer, ...]:
+def _look(
+    problem: Problem, batches: Mapping[tuple[str, str], _Batch | None], found: list[Finding]
+) -> tuple[CheckedLayer, ...]:
     model = _tried(found, "model", "building it", problem.model)
     if model is FAILED:
         return ()
@@ -189,14 +199,13 @@ def _look(problem: Problem, batches: Mapping[str, _Batch | None], found: list[Fi
     model.train()
     _tried(found, "recipe", "building the optimizer", lambda: _optimizer(problem, model))
     layers: tuple[CheckedLayer, ...] = ()
-    train = batches.get("train")
-    if train is not None:
+    train = {own: b for (what, own), b in batches.items() if what == "train" and b is not None}
+    if train:
         layers = _backward(problem, model, train, found)
-    for what in ("test", "val"):
-        batch = batches.get(what)
-        if batch is not None:
-            _judge(problem, model, what, batch, found)
-    if problem.single is not None and train is not None:
+    for (what, own), batch in batches.items():
+        if batch is not None and what != "train":
+            _judge(problem, model, what, own, batch, found)
+    if problem.single is not None:
         _singles(problem, train, found)
     return layers
 
@@ -206,7 +215,7 @@ def _optimizer(problem: Problem, model: nn.Module) -> None:
 
 
 def _outputs(
-    problem: Problem, model: nn.Module, batch: _Batch, what: str, found: list[Finding]
+    problem: Problem, model: nn.Module, own: str, batch: _Batch, what: str, found: list[Finding]
 ) -> Mapping[str, Any] | None:
     outputs = _tried(found, "model", f"running it on a batch of {what}", lambda: call(model, batch.inputs))
     if outputs is FAILED:
@@ -214,7 +223,7 @@ def _outputs(
     if not isinstance(outputs, Mapping):
         found.append(Finding("model", f"it should return {{task: output}}, returned {type(outputs).__name__}"))
         return None
-    absent = [t for t in problem.task_names if t not in outputs]
+    absent = [t for t in (problem.task_names if own == ALL else (own,)) if t not in outputs]
     extra = [str(t) for t in outputs if t not in problem.task_names]
     found += [Finding(f"task {t!r}", f"the model returns no output for it. {nearest(t, extra)}") for t in absent]
     for t in extra:
@@ -256,8 +265,11 @@ def _shape(value: object) -> str:
     return str(list(value.shape)) if isinstance(value, Tensor) else type(value).__name__
 
 
-def _backward(problem: Problem, model: nn.Module, batch: _Batch, found: list[Finding]) -> tuple[CheckedLayer, ...]:
+def _backward(
+    problem: Problem, model: nn.Module, batches: Mapping[str, _Batch], found: list[Finding]
+) -> tuple[CheckedLayer, ...]:
     calls: list[tuple[str, Any]] = []
+    losses = {}
     with ExitStack() as hooks:
         for name, module in model.named_modules():
             if isinstance(module, nn.modules.batchnorm._NormBase) and module.running_mean is not None:
@@ -266,15 +278,14 @@ def _backward(problem: Problem, model: nn.Module, batch: _Batch, found: list[Fin
                     calls.append((name, getattr(out, "grad_fn", None)))
 
                 hooks.callback(module.register_forward_hook(note).remove)
-        outputs = _outputs(problem, model, batch, "train", found)
-    if outputs is None:
-        return ()
-    losses = {}
-    for task in problem.tasks:
-        if task.name in batch.targets and task.name in outputs:
-            loss = _loss(task, outputs, batch, found)
-            if loss is not None:
-                losses[task.name] = loss
+        for own, batch in batches.items():
+            outputs = _outputs(problem, model, own, batch, "train", found)
+            for task in problem.tasks:
+                if outputs is not None and task.name in batch.targets and task.name in outputs:
+                    loss = _loss(task, outputs, batch, found)
+                    if loss is not None:
+                        losses[task.name] = loss
+    losses = {t: losses[t] for t in problem.task_names if t in losses}
     masks = dict.fromkeys((n for n, _ in model.named_parameters()), 0)
     if losses:
         try:
@@ -339,9 +350,9 @@ def _gradients(model: nn.Module, losses: Mapping[str, Tensor], found: list[Findi
             found.append(Finding(about, "the gradient is zero at every parameter", "warning"))
 
 
-def _judge(problem: Problem, model: nn.Module, what: str, batch: _Batch, found: list[Finding]) -> None:
+def _judge(problem: Problem, model: nn.Module, what: str, own: str, batch: _Batch, found: list[Finding]) -> None:
     with evaluating(model), torch.no_grad():
-        outputs = _outputs(problem, model, batch, what, found)
+        outputs = _outputs(problem, model, own, batch, what, found)
         for task in problem.tasks:
             if outputs is None or task.name not in batch.targets or task.name not in outputs:
                 continue
@@ -362,9 +373,12 @@ def _judge(problem: Problem, model: nn.Module, what: str, batch: _Batch, found: 
                     found.append(Finding(about, f"metric {metric.name!r} is NaN on a batch of {what}", "warning"))
 
 
-def _singles(problem: Problem, batch: _Batch, found: list[Finding]) -> None:
+def _singles(problem: Problem, batches: Mapping[str, _Batch], found: list[Finding]) -> None:
     assert problem.single is not None
     for task in problem.task_names:
+        batch = batches.get(task) or batches.get(ALL)
+        if batch is None:
+            continue
         about = f"single-task network of {task!r}"
         network = _tried(found, about, "building it", lambda t=task: problem.single(t))  # type: ignore[misc]
         if network is FAILED:
@@ -372,7 +386,7 @@ def _singles(problem: Problem, batch: _Batch, found: list[Finding]) -> None:
         if not isinstance(network, nn.Module):
             found.append(Finding(about, f"the function returned {type(network).__name__}, not a torch.nn.Module"))
             continue
-        outputs = _tried(found, about, "running it", lambda n=network: call(n, batch.inputs))  # type: ignore[misc]
+        outputs = _tried(found, about, "running it", lambda n=network, b=batch: call(n, b.inputs))  # type: ignore[misc]
         if outputs is not FAILED and (not isinstance(outputs, Mapping) or task not in outputs):
             found.append(Finding(about, f"it should return {{{task!r}: output}}"))
 

@@ -59,7 +59,7 @@ class Checked:
         tasks: Names of its tasks.
         findings: Everything that was found, faults first.
         targets: Data set -> task -> samples of the batch with a target.
-        samples: Data set -> samples of the batch.
+        samples: Data set -> samples of the batch (of the largest one, where tasks have data of their own).
         layers: The network's layers, in network order; empty if the network could not be run.
     """
 

@@ -13,11 +13,12 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from reconmtl.batches import call
+from reconmtl.batches import sets_of
 from reconmtl.checkpoints import Checkpoint, read_checkpoint, restore_model, save_checkpoint
 from reconmtl.conflicts import ConflictLog
 from reconmtl.errors import Interrupted, ProblemError, ReconError, RunError
 from reconmtl.evaluation import Machine, evaluate
+from reconmtl.forward import Forward, draw
 from reconmtl.interruptions import leave_if_asked
 from reconmtl.plan import Plan
 from reconmtl.probing import Probe
@@ -25,7 +26,7 @@ from reconmtl.problem import Problem
 from reconmtl.progress import bar
 from reconmtl.randomness import random_states, seeded, set_random_states
 from reconmtl.runs import Values, plain_values
-from reconmtl.sampling import ALL, Indices, Sampler
+from reconmtl.sampling import Indices, Sampler
 from reconmtl.splitting import check_optimizer, split
 
 NormStats = Literal["per-task", "shared"]
@@ -108,7 +109,7 @@ class _Training:
         self.fabric = machine.fabric()
         self.epochs = recipe.epochs if job.stop is None else job.stop
         self.sampler = Sampler(
-            {ALL: len(problem.train)},
+            {own: len(data) for own, data in sets_of(problem.train).items()},
             batch_size=recipe.batch_size,
             drop_last=recipe.drop_last,
             seed=job.seed,
@@ -116,13 +117,14 @@ class _Training:
         )
         if not self.sampler.steps:
             raise ProblemError(
-                f"The training set has {len(problem.train)} samples, fewer than one batch of {recipe.batch_size}: "
+                f"The training set has {self.sampler.longest} samples, fewer than one batch of {recipe.batch_size}: "
                 "lower batch_size or pass drop_last=False."
             )
         model = problem.model()
         if job.plan is not None:
             model = split(model, job.plan, norm_stats=job.norm_stats, sample=problem.sample())
         self.model = self.fabric.to_device(model)
+        self.forward = Forward(problem, self.model)
         torch.manual_seed(job.seed)  # drawing the weights of one network more or less must not move dropout
         self.optimizer = recipe.make_optimizer(model)
         check_optimizer(model, self.optimizer)
@@ -182,9 +184,9 @@ class _Training:
 
     def _step(self, indices: Indices) -> None:
         problem, fabric, model = self.job.problem, self.fabric, self.model
-        inputs, targets = problem.batch(problem.train, indices[ALL], fabric.device)
+        batches = draw(problem, problem.train, indices, fabric.device)
         with fabric.autocast():
-            losses = problem.losses(call(model, inputs), targets)
+            losses = self.forward.losses(batches)
         for name in self.absent.keys() - losses.keys():
             self.absent[name] += 1
         if not losses:

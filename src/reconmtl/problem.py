@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import IterableDataset
 
-from reconmtl.batches import Data, Targets, check_outputs, fetch, move, select
+from reconmtl.batches import ALL, Data, Sets, Targets, check_outputs, fetch, move, select, sets_of
 from reconmtl.batches import call as call
 from reconmtl.errors import PlanError, ProblemError, UnknownNameError, nearest
 from reconmtl.fingerprints import mark_of
@@ -175,7 +175,8 @@ class Problem:
     Args:
         model: A function without arguments that builds the joint network anew; `model(x)` returns {task: output}.
         tasks: The tasks, at least one.
-        train: Training set; items are (input, {task: target}).
+        train: Training set; items are (input, {task: target}). Or {task: data set}, where tasks have their own inputs:
+            a step then draws a batch per task, an epoch is the longest set, and items may be (input, target).
         test: Test set, likewise.
         recipe: How to train.
         val: Validation set; evaluated beside the test set, never used to choose anything.
@@ -194,10 +195,10 @@ class Problem:
         *,
         model: Callable[[], nn.Module],
         tasks: Sequence[Task],
-        train: Data,
-        test: Data,
+        train: Sets,
+        test: Sets,
         recipe: Recipe,
-        val: Data | None = None,
+        val: Sets | None = None,
         single: Callable[[str], nn.Module] | None = None,
         collate: Callable[[list[Any]], tuple[Any, Mapping[str, Any]]] | None = None,
         shared: Sequence[str] | None = None,
@@ -212,15 +213,15 @@ class Problem:
         faults += _task_faults(tasks)
         sets = {"train": train, "test": test} | ({} if val is None else {"val": val})
         for what, data in sets.items():
-            faults += _data_faults(what, data)
+            faults += _data_faults(what, data) if not isinstance(data, Mapping) else _own_faults(what, data, tasks)
         for what, function in (("single", single), ("collate", collate)):
             if function is not None and (isinstance(function, nn.Module) or not callable(function)):
                 faults.append(f"{what}: expected a function or None, got {type(function).__name__}")
         if not isinstance(recipe, Recipe):
             faults.append(f"recipe: expected a Recipe, got {type(recipe).__name__}")
-        elif not _data_faults("train", train) and recipe.drop_last and len(train) < recipe.batch_size:
+        elif recipe.drop_last and 0 < (longest := _longest(train)) < recipe.batch_size:
             faults.append(
-                f"train: {len(train)} samples are fewer than one batch of {recipe.batch_size}, and drop_last leaves "
+                f"train: {longest} samples are fewer than one batch of {recipe.batch_size}, and drop_last leaves "
                 "such a batch out; lower batch_size or pass drop_last=False"
             )
         if faults:
@@ -231,10 +232,10 @@ class Problem:
                 raise ProblemError("This problem cannot be trained:\n- " + "\n- ".join(faults))
         self.model = model
         self.tasks = tuple(tasks)
-        self.train = train
-        self.test = test
+        self.train: Any = train  # a data set, or {task: data set}; `sets_of` makes both alike
+        self.test: Any = test
         self.recipe = recipe
-        self.val = val
+        self.val: Any = val
         self.single = single
         self.collate = collate
         self.shared = shared
@@ -265,7 +266,9 @@ class Problem:
         unknown = [t for t in tasks if t not in self.task_names]
         if unknown:
             raise UnknownNameError(" ".join(f"Unknown task {t!r}. {nearest(t, self.task_names)}" for t in unknown))
-        return self.replace(tasks=[self.task(t) for t in tasks])
+        sets = {n: getattr(self, n) for n in ("train", "test", "val")}
+        own = {n: {t: data[t] for t in tasks} for n, data in sets.items() if isinstance(data, Mapping)}
+        return self.replace(tasks=[self.task(t) for t in tasks], **own)
 
     def replace(self, **changes: Any) -> Problem:  # noqa: ANN401 any argument
         """The same problem with some arguments changed."""
@@ -279,17 +282,19 @@ class Problem:
         string, else the first, middle and last item.
         """
         parts = [self.name]
-        for data in (self.train, self.test):
-            parts += [mark_of(data), str(len(data))]
+        for sets in (self.train, self.test):
+            for task, data in sets_of(sets).items():
+                parts += [task] * (task != ALL) + [mark_of(data), str(len(data))]
         return hashlib.sha256("/".join(parts).encode()).hexdigest()[:12]
 
-    def batch(self, data: Data, indices: Tensor, device: torch.device) -> tuple[Any, Targets]:
+    def batch(self, data: Data, indices: Tensor, device: torch.device, *, own: str = ALL) -> tuple[Any, Targets]:
         """Fetch a batch.
 
         Args:
             data: One of the problem's data sets.
             indices: Positions of the samples, [n].
             device: Where the tensors go.
+            own: The task that the data set belongs to; `ALL` if it is shared.
 
         Returns:
             The inputs, and per task that any sample has a target for: the targets and their positions in the batch.
@@ -297,14 +302,20 @@ class Problem:
         Raises:
             ProblemError: If the items are not `(input, {task: target})`.
         """
-        inputs, targets = fetch(data, indices, self.task_names, self.collate)
+        if isinstance(data, Mapping):
+            raise ProblemError("Tasks with data of their own have no common batch; this works on shared data only.")
+        if own == ALL:
+            inputs, targets = fetch(data, indices, self.task_names, self.collate)
+        else:
+            inputs, targets = fetch(data, indices, [own], self.collate, own=own)
         return move(inputs, device), {
             t: (move(values, device), move(at, device)) for t, (values, at) in targets.items()
         }
 
     def sample(self) -> Any:  # noqa: ANN401 whatever the model takes
         """Inputs of two samples, as batch statistics need: from them a split learns who owns what."""
-        return self.batch(self.train, torch.arange(min(2, len(self.train))), torch.device("cpu"))[0]
+        own, data = next(iter(sets_of(self.train).items()))
+        return self.batch(data, torch.arange(min(2, len(data))), torch.device("cpu"), own=own)[0]
 
     def losses(self, outputs: Mapping[str, Any], targets: Targets) -> dict[str, Tensor]:
         """Weighted loss of each task that the batch has targets for.
@@ -331,7 +342,7 @@ class Problem:
 def _runnable(model: object, tasks: object, sets: Iterable[Any], recipe: object) -> bool:
     """Whether a problem with faults still tells enough to look for more of them."""
     fine = isinstance(tasks, (list, tuple)) and all(isinstance(t, Task) and _takes(t.loss, 2) for t in tasks)
-    return fine and callable(model) and isinstance(recipe, Recipe) and not any(_data_faults("", d) for d in sets)
+    return fine and callable(model) and isinstance(recipe, Recipe) and all(map(_longest, sets))
 
 
 def _is_number(value: object) -> bool:
@@ -347,6 +358,21 @@ def _data_faults(what: str, data: Any) -> list[str]:  # noqa: ANN401 whatever wa
     if not mapped or isinstance(data, (Mapping, str, IterableDataset)):
         return [f"{what}: expected a map-style data set with len() and [], got {type(data).__name__}"]
     return [] if len(data) else [f"{what}: the data set is empty"]
+
+
+def _own_faults(what: str, data: Mapping[Any, Any], tasks: Any) -> list[str]:  # noqa: ANN401 whatever was given
+    names = [t.name for t in tasks if isinstance(t, Task)] if isinstance(tasks, (list, tuple)) else []
+    faults = [f"{what}: task {t!r} has no data set of its own" for t in names if t not in data]
+    faults += [
+        f"{what}: a data set belongs to no task, {t!r}. {nearest(str(t), names)}" for t in data if t not in names
+    ]
+    return faults + [f for t, own in data.items() for f in _data_faults(f"{what}[{t!r}]", own)]
+
+
+def _longest(data: Any) -> int:  # noqa: ANN401 whatever was given
+    """Samples of the longest set; 0 if one of them cannot be used."""
+    sets = list(data.values()) if isinstance(data, Mapping) else [data]
+    return 0 if any(_data_faults("", d) for d in sets) else max(map(len, sets), default=0)
 
 
 def _task_faults(tasks: Any) -> list[str]:  # noqa: ANN401 whatever was given

@@ -9,10 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from reconmtl.batches import ALL
 from reconmtl.errors import RunError
-
-ALL = ""
-"""The key of a data set that all tasks share."""
 
 Indices = dict[str, Tensor]
 """Per data set (`ALL`, or the task it belongs to), positions of a batch's samples [n]."""
@@ -45,7 +43,7 @@ class Sampler:
     ) -> None:
         self.sizes = dict(sizes)
         self.rank, self.world, self.together = rank, world, batch_size * world
-        longest = max(self.sizes.values())
+        self.longest = longest = max(self.sizes.values())
         self.steps = longest // self.together
         self.length = self.steps * self.together
         if not drop_last and longest % self.together:

@@ -33,7 +33,7 @@ def test_two_layers_fight_at_every_step_and_the_others_never(seed: int) -> None:
     order = torch.Generator().manual_seed(seed)
     for _ in range(4):
         for indices in torch.randperm(len(problem.train), generator=order).split(32):
-            inputs, targets = problem.train.batch(indices)  # type: ignore[attr-defined]
+            inputs, targets = problem.train.batch(indices)
             found = task_gradients(model, inputs, targets)
             for name in found["plus"]:
                 cosine = nn.functional.cosine_similarity(found["plus"][name], found["minus"][name]).item()
@@ -43,7 +43,7 @@ def test_two_layers_fight_at_every_step_and_the_others_never(seed: int) -> None:
             sum(((outputs[t] - y) ** 2).sum(1).mean() for t, y in targets.items()).backward()
             optimizer.step()
     # Joint training learns the friendly layers and cannot learn the others.
-    errors = {t: (model(problem.train.inputs)[t] - y).square().mean(0) for t, y in problem.train.targets.items()}  # type: ignore[attr-defined]
+    errors = {t: (model(problem.train.inputs)[t] - y).square().mean(0) for t, y in problem.train.targets.items()}
     for error in errors.values():
         for i, value in enumerate(error.tolist()):
             assert value > 1 if f"blocks.{i}" in FIGHTING else value < 0.05

@@ -70,7 +70,7 @@ def test_every_fault_is_listed_at_once() -> None:
         Task("a", loss=mse_loss, metrics=[Metric("m", distance, best="maximum")] * 2),  # type: ignore[arg-type]
     ]
     loader = DataLoader(TensorDataset(torch.ones(4)))
-    found = lines(model=Net(), tasks=tasks, train=loader, test=[], val={"a": ITEMS}, recipe=3, single=1, collate=2)
+    found = lines(model=Net(), tasks=tasks, train=loader, test=[], val=iter(ITEMS), recipe=3, single=1, collate=2)
     for fault, expected in zip(
         found,
         [
@@ -83,7 +83,7 @@ def test_every_fault_is_listed_at_once() -> None:
             "task 'a', metric 'm': best = 'maximum', expected 'max' or 'min'",
             "train: expected a map-style data set with len() and [], got DataLoader",
             "test: the data set is empty",
-            "val: expected a map-style data set with len() and [], got dict",
+            "val: expected a map-style data set with len() and [], got list_iterator",
             "single: expected a function or None, got int",
             "collate: expected a function or None, got int",
             "recipe: expected a Recipe, got int",

@@ -3,8 +3,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from reconmtl.batches import ALL
 from reconmtl.errors import RunError
-from reconmtl.sampling import ALL, Sampler
+from reconmtl.sampling import Sampler
 
 sizes = st.dictionaries(st.sampled_from(["a", "b", "c"]), st.integers(1, 30), min_size=1) | st.builds(
     lambda n: {ALL: n}, st.integers(1, 30)

@@ -1,0 +1,54 @@
+"""Run a network on the batches of one step: data that all tasks share once, a task's own data through its view."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from reconmtl.batches import ALL, Sets, Targets, call, sets_of
+from reconmtl.problem import Problem
+from reconmtl.splitting import view
+from reconmtl.splitting.storage import record
+
+Batches = dict[str, tuple[Any, Targets]]
+"""Per data set (`ALL`, or the task it belongs to): inputs and targets."""
+
+
+class Forward:
+    """A network of a problem, ready for batches of any of its data sets.
+
+    Args:
+        problem: Whose losses are computed.
+        model: The network, split or not, on the device where it stays.
+    """
+
+    def __init__(self, problem: Problem, model: nn.Module) -> None:
+        self.problem = problem
+        self.model = model
+        self._views: dict[str, nn.Module] = {}
+
+    def __call__(self, own: str, inputs: Any) -> Any:  # noqa: ANN401 whatever the model takes and returns
+        """Outputs {task: output}; for a task's own data only that task's is sure to be there."""
+        if own == ALL or record(self.model) is None:  # unsplit: all tasks are computed, and one of them is taken
+            return call(self.model, inputs)
+        if own not in self._views:
+            self._views[own] = view(self.model, own)
+        if self._views[own].training != self.model.training:
+            self._views[own].train(self.model.training)
+        return call(self._views[own], inputs)
+
+    def losses(self, batches: Batches) -> dict[str, Tensor]:
+        """Weighted loss of each task that the batches have targets for, in the order of the tasks."""
+        found: dict[str, Tensor] = {}
+        for own, (inputs, targets) in batches.items():
+            found |= self.problem.losses(self(own, inputs), targets)
+        return {t: found[t] for t in self.problem.task_names if t in found}
+
+
+def draw(problem: Problem, sets: Sets, indices: Mapping[str, Tensor], device: torch.device) -> Batches:
+    """Fetch the batches of one step; a set without any index is left out."""
+    known = sets_of(sets)
+    return {own: problem.batch(known[own], at, device, own=own) for own, at in indices.items() if len(at)}
