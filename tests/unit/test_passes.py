@@ -145,3 +145,42 @@ assert all(not p._backward_hooks and not vars(p) for p in model.parameters())
 def test_two_hundred_steps_leave_nothing_behind(engine: str) -> None:
     """Success, a bad argument, and exceptions in the user's forward and in the one that checkpointing runs again."""
     subprocess.run([sys.executable, "-W", "error", "-c", LEAKS, engine], check=True, timeout=200)
+
+
+PEAK = """
+import resource, sys
+import torch
+from torch import nn
+from reconmtl.gram import Gradients, add_update
+
+torch.manual_seed(0)
+torch.set_num_threads(1)
+tasks, memory = 8, sys.argv[1]
+model = nn.Sequential(*(m for _ in range(24) for m in (nn.Linear(512, 512), nn.Tanh())))
+x = torch.randn(16, 512)
+gradients = Gradients(model, engine=sys.argv[2], memory=float(memory)) if memory != "joint" else None
+for _ in range(3):
+    model.zero_grad()
+    z = model(x)
+    losses = {str(i): (z * (i + 1)).sin().sum() for i in range(tasks)}
+    if gradients is None:
+        sum(losses.values()).backward()
+    else:
+        found = gradients.sweep(losses)
+        add_update(found.layout, found.total, found.own)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+"""
+
+
+@pytest.mark.slow
+def test_memory_beyond_a_joint_step_is_bounded_by_stages() -> None:
+    """24 layers of 1 MB and 8 tasks: all their gradients are 192 MB, a stage of two layers 16 MB, an update 24."""
+
+    def peak(memory: str, engine: str = "flat") -> float:
+        command = [sys.executable, "-c", PEAK, memory, engine]
+        return float(subprocess.run(command, check=True, capture_output=True, text=True, timeout=100).stdout)
+
+    joint = peak("joint")
+    assert peak("inf") - joint > 180
+    assert peak(str(16 * 2**20)) - joint < 16 + 24 + 16  # and what malloc rounds up
+    assert peak(str(16 * 2**20), "delta") - joint < 24 + 32

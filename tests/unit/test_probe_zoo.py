@@ -87,10 +87,26 @@ def test_unsplit(name: str, engine: Engine, training: bool) -> None:
 
 @pytest.mark.parametrize("engine", ["flat", "delta"])
 @pytest.mark.parametrize("name", NETWORKS)
-def test_cosines_in_single_precision(name: str, engine: Engine) -> None:
+def test_cosines_and_update_in_single_precision(name: str, engine: Engine) -> None:
     torch.manual_seed(0)
     model = ZOO[name].make(TASKS)
-    assert Probe(model, engine=engine).check(_run(model, name, torch.float32)) < 5e-6
+    losses = _run(model, name, torch.float32)
+    probe = Probe(model, engine=engine)
+    assert probe.check(losses) < 5e-6
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    expected: list[Tensor | None] = [None] * len(parameters)
+    for loss in losses.values():
+        grads = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
+        for i, grad in enumerate(grads):
+            before = expected[i]
+            expected[i] = grad if before is None else before if grad is None else before + grad
+    probe.backward(losses)
+    whole = max(float(e.to_dense().norm()) for e in expected if e is not None)
+    for p, e in zip(parameters, expected, strict=True):
+        assert (p.grad is None) == (e is None)
+        if p.grad is not None and e is not None:
+            error = float((p.grad.to_dense() - e.to_dense()).norm())
+            assert error <= 2e-6 * float(e.to_dense().norm()) + 3e-7 * whole
 
 
 @pytest.mark.parametrize("name", NETWORKS)
