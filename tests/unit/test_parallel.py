@@ -456,7 +456,7 @@ def check_volume() -> None:
     plain = DistributedDataParallel(Wide())
     plain.register_comm_hook(dist.group.WORLD, count)
     sum(losses(plain(part(x)), part(x)).values()).backward()  # type: ignore[union-attr]
-    same_grads(model, grads(plain), 1e-6)
+    same_grads(model, grads(plain), 1e-5)
     # sums of Gram matrices and what processes tell each other come on top; padding too
     assert moved["probe"] <= (len(TASKS) + 1) / 2 * moved["plain"] + 4096, moved
     assert moved["probe"] >= 1.5 * moved["plain"], moved  # the count counts
