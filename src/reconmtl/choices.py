@@ -7,8 +7,9 @@ import importlib.util
 import inspect
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -17,7 +18,7 @@ from reconmtl.errors import DataError, ProblemError, ReconError, UnknownNameErro
 from reconmtl.evaluation import Machine
 from reconmtl.problem import Problem
 from reconmtl.problems import READY
-from reconmtl.settings import METHODS, Preset, Settings
+from reconmtl.settings import BASES, METHODS, PLANS, Preset, Settings
 from reconmtl.train import check_seeds
 
 T = TypeVar("T")
@@ -105,21 +106,43 @@ def _see(folder: Path) -> None:
         sys.path.append(str(folder))
 
 
-def decide(settings: Settings) -> Decided:
+def split_method(name: str) -> tuple[str, str | None]:
+    """What a method trains and how its layers are chosen: 'joint+recon' or 'recon' is ('joint', 'recon').
+
+    Raises:
+        UnknownNameError: If there is no such method; the nearest are given.
+    """
+    base, _, plan = name.partition("+") if "+" in name or name in BASES else ("joint", "", name)
+    if base not in BASES or (plan and plan not in PLANS) or name.endswith("+"):
+        raise UnknownNameError(f"Unknown method {name!r}. {nearest(name, METHODS)}")
+    if base == "single" and plan:
+        raise UnknownNameError(f"Unknown method {name!r}: single-task training shares nothing that could be split.")
+    return base, plan or None
+
+
+def decide(settings: Settings, *, faults: Sequence[str] = ()) -> Decided:
     """Fill in what was left open from the preset and the problem; every fault is reported at once.
+
+    Args:
+        settings: What was chosen.
+        faults: What is known to be wrong already, reported together with the rest.
 
     Raises:
         ReconError: If a preset, task or method is unknown, or a value is out of range.
     """
-    make, presets = find_problem(settings.problem)
-    faults: list[str] = []
+    try:
+        make, presets = find_problem(settings.problem)
+    except UnknownNameError as error:
+        if not (known := [*faults, *_faults(settings)]):
+            raise
+        raise ProblemError("\n".join([*known, str(error)])) from error
+    faults = list(faults)
     name = settings.preset or next(iter(presets), None)
     if name is not None and name not in presets:
         faults.append(f"Unknown preset {name!r} of {settings.problem}. {nearest(name, presets)}")
         name = next(iter(presets), None)  # to find the other faults
     preset = presets[name] if name is not None else None
-    options = dict(preset.options) if preset else {}
-    options |= {n: getattr(settings, n) for n in ("width", "data") if getattr(settings, n) is not None}
+    options = _options(settings, preset)
     faults += _faults(settings)
     try:
         problem = _make(make, options, settings)
@@ -148,7 +171,7 @@ def _fill(
         options=options,
         preset=name,
         tasks=tuple(_first(settings.tasks, problem.task_names)),
-        methods=tuple(dict.fromkeys(settings.methods)),
+        methods=tuple(dict.fromkeys(m.removeprefix("joint+") for m in settings.methods)),
         seeds=tuple(_first(settings.seeds, preset.seeds if preset else (0,))),
         epochs=epochs,
         batch_size=_first(settings.batch_size, preset.batch_size if preset else recipe.batch_size),
@@ -193,6 +216,34 @@ def _note(decided: Decided, preset: Preset) -> str:
     return f"The preset {decided.preset} with other settings: {', '.join(changed)}." if changed else preset.note
 
 
+def problem_factory(settings: Settings, faults: Sequence[str] = ()) -> Callable[[], Problem]:
+    """A function that builds the problem as chosen; its faults of definition arise only then.
+
+    Raises:
+        ReconError: If there is no such problem or preset, or it does not take these options.
+    """
+    make, presets = find_problem(settings.problem)
+    found = list(faults)
+    name = settings.preset or next(iter(presets), None)
+    if name is not None and name not in presets:
+        found.append(f"Unknown preset {name!r} of {settings.problem}. {nearest(name, presets)}")
+    preset = presets.get(name) if name is not None else None
+    options = _options(settings, preset)
+    if found:
+        raise ProblemError("\n".join(found))
+
+    def build() -> Problem:
+        problem = _make(make, options, settings)
+        return problem if settings.tasks is None else problem.restrict(settings.tasks)
+
+    return build
+
+
+def _options(settings: Settings, preset: Preset | None) -> dict[str, Any]:
+    options = dict(preset.options) if preset else {}
+    return options | {n: getattr(settings, n) for n in ("width", "data") if getattr(settings, n) is not None}
+
+
 def default_folder(decided: Decided) -> Path:
     """Where the results go unless a folder is given: the problem and its preset, of one's own file and function."""
     source, _, function = decided.problem.rpartition(":")
@@ -232,7 +283,7 @@ def _message(check: Callable[[], object]) -> list[str]:
 
 def _faults(settings: Settings) -> list[str]:
     """What is wrong whatever the problem is."""
-    faults = [f"Unknown method {m!r}. {nearest(m, METHODS)}" for m in settings.methods if m not in METHODS]
+    faults = [fault for m in settings.methods for fault in _message(partial(split_method, m))]
     if not settings.methods:
         faults.append("methods: give at least one.")
     faults += _message(lambda: check_severity(_first(settings.severity, 0.0)))

@@ -1,138 +1,182 @@
-"""The command line: dataclasses and dispatch, nothing else. Torch is imported by the commands that need it."""
+"""The command line: which command, its options from file and words, and how it ends; `commands` does the rest."""
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
-from dataclasses import dataclass
+import threading
+from collections.abc import Sequence
+from dataclasses import MISSING, field, fields, make_dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
-from reconmtl.errors import ReconError, UnknownNameError, nearest
-from reconmtl.problems import READY
-from reconmtl.settings import Preset, Settings
+from reconmtl.commands import COMMANDS
+from reconmtl.configuration import read_config
+from reconmtl.errors import ConfigError, ReconError, nearest
+from reconmtl.settings import File
 from reconmtl.version import __version__
 
-ABOUT = """Find the layers of a multi-task network that the tasks fight over, and give just those one copy per task.
-
-Start with `reconmtl run multifashion`; `reconmtl run --help` lists what can be chosen. --version prints the version."""
-EXIT_BAD_INPUT = 2
-EXIT_INTERRUPTED = 130
-
-
-@dataclass(frozen=True)
-class Ls:
-    """List the ready problems and their presets, the first of which is the default."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Data:
-    """Build the full data set of a ready problem from its original files, into a cache folder."""
-
-    problem: Annotated[str, tyro.conf.Positional]
-    """multifashion."""
-    source: Annotated[Path | None, tyro.conf.arg(name="from")] = None
-    """Folder with the original files, e.g. mnist/ and fashion-mnist/."""
-    download: bool = False
-    """Fetch the original files from their public mirrors first (into the folder given by --from, or the cache)."""
-    cache: Path | None = None
-    """Where the data set is kept; by default the platform's cache folder, or $RECONMTL_CACHE."""
-    seed: int = 0
-    """Of the composition."""
-    overwrite: bool = False
-    """Replace a data set that is there."""
-
-
-Command = (
-    Annotated[Settings, tyro.conf.subcommand("run")]
-    | Annotated[Data, tyro.conf.subcommand("data")]
-    | Annotated[Ls, tyro.conf.subcommand("ls")]
+ABOUT = "Find the layers of a multi-task network that the tasks fight over, and give just those one copy per task."
+GROUPS = {
+    "Look first": ("ls", "check", "data"),
+    "All at once": ("run", "sweep"),
+    "Step by step": ("probe", "rank", "fit"),
+    "Results": ("compare", "report"),
+}
+EXAMPLES = (
+    "reconmtl run multifashion",
+    "reconmtl check my_file.py:my_function",
+    "reconmtl compare runs/multifashion-demo",
 )
+EXIT_BAD_INPUT = 2
+EXIT_INCOMPLETE = 3
+EXIT_INTERRUPTED = 130
+EXIT_CODES = {
+    0: "done",
+    EXIT_BAD_INPUT: "bad input, or a training that failed: a sentence on stderr says what to change",
+    EXIT_INCOMPLETE: "a sweep ended, but some of its trainings failed",
+    EXIT_INTERRUPTED: "interrupted by SIGINT (Ctrl-C) or SIGTERM; what is finished is kept",
+}
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; returns its exit code: 0, 2 for bad input (a sentence on stderr), 130 when interrupted."""
-    before = signal.signal(
-        signal.SIGTERM, signal.default_int_handler
-    )  # a cluster's or a service's way of asking to stop
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        arguments: Words after the program's name; None takes those of this process.
+
+    Returns:
+        Its exit code, one of `EXIT_CODES`.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    here = threading.current_thread() is threading.main_thread()  # only there may signals be handled
+    # SIGTERM is a cluster's or a service's way of asking to stop.
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler) if here else None
     try:
-        if (sys.argv[1:] if arguments is None else arguments) == ["--version"]:
-            print(f"reconmtl {__version__}")
-            return 0
-        command = tyro.cli(Command, args=arguments, prog="reconmtl", description=ABOUT)
-        return _dispatch(command)
+        return _dispatch(words)
     except ReconError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT
     except KeyboardInterrupt:
-        print("\nInterrupted. What is finished is kept: repeat the command with --resume.", file=sys.stderr)
+        again = "the command" if words[:1] == ["sweep"] else "the command with --resume"
+        print(f"\nInterrupted. What is finished is kept: repeat {again}.", file=sys.stderr)
         return EXIT_INTERRUPTED
+    except SystemExit as done:  # the parser's way out, after it has said why
+        return done.code if isinstance(done.code, int) else EXIT_BAD_INPUT
+    except BrokenPipeError:  # whoever reads us has seen enough, `head` say
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the last flush fails again
+        return 0
     finally:
-        signal.signal(signal.SIGTERM, before)
+        if here:
+            signal.signal(signal.SIGTERM, before)
 
 
-def _dispatch(command: Settings | Data | Ls) -> int:
-    if isinstance(command, Settings):
-        return _run(command)
-    if isinstance(command, Data):
-        return _data(command)
-    return _ls()
+def _dispatch(words: list[str]) -> int:
+    first = words[0] if words else None
+    if first in ("--version", "-V"):
+        print(f"reconmtl {__version__}")
+        return 0
+    if first in ("--help", "-h", "help"):
+        print(overview())
+        return 0
+    if first is None:
+        print(overview(), file=sys.stderr)
+        return EXIT_BAD_INPUT
+    if first not in COMMANDS:
+        raise ConfigError(f"Unknown command {first!r}. {nearest(first, COMMANDS)} See `reconmtl --help`.")
+    options, faults = parse(first, words[1:])
+    return COMMANDS[first].act(options, faults)
 
 
-def _ls() -> int:
-    from reconmtl.choices import find_problem
+def overview() -> str:
+    """What `reconmtl --help` prints."""
+    grouped = [name for names in GROUPS.values() for name in names]
+    groups = {**GROUPS, "Further": tuple(name for name in COMMANDS if name not in grouped)}
+    lines = ["usage: reconmtl COMMAND ...", "", ABOUT]
+    for title, names in groups.items():
+        there = [name for name in names if name in COMMANDS]
+        lines += ["", f"{title}:"] if there else []
+        lines += [f"  {name:9}{_about(COMMANDS[name].options)}" for name in there]
+    lines += ["", "Examples:", *(f"  {line}" for line in EXAMPLES)]
+    lines += ["", "Exit codes:", *(f"  {code:<5}{told}" for code, told in EXIT_CODES.items())]
+    lines += ["", "`reconmtl COMMAND --help` lists a command's options; --version prints the version."]
+    return "\n".join(lines)
 
-    for name, about in READY.items():
-        print(f"{name:14}{about}")
-        presets = find_problem(name)[1]
-        for preset, values in presets.items():
-            print(f"{'':14}--preset {preset}: {_scale(values)}")
-    return 0
+
+def _about(options: type) -> str:
+    return " ".join((options.__doc__ or "").split())
 
 
-def _scale(preset: Preset) -> str:
-    options = [f"{n} {v}" for n, v in preset.options.items()]
-    seeds = f"{len(preset.seeds)} seed{'s' * (len(preset.seeds) > 1)}"
-    length = f"{preset.epochs} epochs ({preset.probe_epochs} probed)"
-    return ", ".join(
-        [*options, length, f"batch {preset.batch_size}", f"K = {preset.k}", f"S = {preset.severity:g}", seeds]
+def parse(name: str, words: Sequence[str]) -> tuple[Any, list[str]]:
+    """The options of a command: from a file of options, overridden by the command line.
+
+    Args:
+        name: Of the command.
+        words: What follows it; `--config FILE` names the file, of a sweep also its first word.
+
+    Returns:
+        Its dataclass, and a sentence per key or value of the file that cannot be used.
+
+    Raises:
+        ConfigError: If the file cannot be read.
+        SystemExit: If the words cannot be parsed, or ask for help; after printing.
+    """
+    kind = COMMANDS[name].options
+    groups = kind.__bases__
+    values: dict[str, Any] = {}
+    faults: list[str] = []
+    path = _config_of(words)
+    if path is None and name == "sweep":
+        path = _parsed(name, {}, words).file
+    if path is not None:
+        values, faults = read_config(path, kind)
+    parsed = _parsed(name, values, words)
+    flat = {f.name: getattr(getattr(parsed, _title(group)), f.name) for group in groups for f in fields(group)}
+    return kind(**flat), faults
+
+
+def _config_of(words: Sequence[str]) -> Path | None:
+    """What --config names; the parser reads it a second time, with the file's values as defaults."""
+    found = None
+    for i, word in enumerate(words):
+        if word == "--config" and i + 1 < len(words):
+            found = words[i + 1]
+        elif word.startswith("--config="):
+            found = word.partition("=")[2]
+    return None if found is None else Path(found)
+
+
+def _parsed(name: str, values: dict[str, Any], words: Sequence[str]) -> Any:  # noqa: ANN401 a class made here
+    """Parse words, with values of a file as defaults, into a field per group: that is what help is ordered by."""
+    kind = COMMANDS[name].options
+    members: list[tuple[str, Any, Any]] = []
+    for group in kind.__bases__:
+        given = {f.name: values[f.name] for f in fields(group) if f.name in values}
+        required = {f.name for f in fields(group) if f.default is MISSING and f.default_factory is MISSING} - set(given)
+        members.append((_title(group), group, field(default=group(**given, **dict.fromkeys(required, tyro.MISSING)))))
+    told = "YAML file with values of these options; those given here win."
+    members.append(("config", Annotated[File, tyro.conf.arg(help=told)], field(default=None)))
+    if name == "sweep":
+        position: Any = Annotated[
+            File, tyro.conf.Positional, tyro.conf.arg(metavar="[FILE]", help="The same as --config FILE.")
+        ]
+        members.append(("file", position, field(default=None)))
+    examples = "\n".join(f"  {line}" for line in getattr(kind, "examples"))  # noqa: B009 not of every type
+    return tyro.cli(
+        make_dataclass("Words", members, frozen=True, kw_only=True),
+        args=list(words),
+        prog=f"reconmtl {name}",
+        description=f"{_about(kind)}\n\nExamples:\n{examples}",
+        config=(tyro.conf.OmitArgPrefixes,),
     )
 
 
-def _run(settings: Settings) -> int:
-    from reconmtl.study import run_study
-
-    study = run_study(settings)
-    if settings.json:
-        import json
-
-        print(json.dumps(study.comparison.to_dict()))
-    else:
-        print(
-            f"{study.text}\n\nResults: {study.folder} (table.md, comparison.json, plan.json, log/, a folder per method)"
-        )
-    return 0
-
-
-def _data(command: Data) -> int:
-    from reconmtl.problems import idx, multifashion_data
-
-    if command.problem != "multifashion":
-        raise UnknownNameError(
-            f"No data set to build for {command.problem!r}. {nearest(command.problem, ['multifashion'])}"
-        )
-    source = command.source
-    if source is None and not command.download:
-        raise UnknownNameError("Say where the original files are: --from DIR, or --download to fetch them.")
-    if command.download:
-        source = source or (command.cache or multifashion_data.cache_folder()) / "original"
-        idx.download(source)
-    assert source is not None
-    folder = multifashion_data.build_full(source, cache=command.cache, seed=command.seed, overwrite=command.overwrite)
-    print(f"Multi-Fashion+MNIST is in {folder}; `reconmtl run multifashion --preset paper` finds it there.")
-    return 0
+def _title(group: type) -> str:
+    """Heading of a group of options."""
+    return group.__name__.removesuffix("Options").lower()
 
 
 if __name__ == "__main__":

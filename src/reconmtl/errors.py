@@ -47,6 +47,10 @@ class DataError(ReconError, ValueError):
     """A data file that is missing, damaged, or not what its name says."""
 
 
+class ConfigError(ReconError, ValueError):
+    """Options that cannot be used together, or a file of options that cannot be read; every fault is listed."""
+
+
 class RunError(ReconError, ValueError):
     """A run folder that exists, is damaged, or does not fit the request."""
 

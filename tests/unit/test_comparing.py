@@ -1,9 +1,12 @@
 """Delta-m against the paper's own tables; what may stand side by side and what may not."""
 
+import csv
+import io
 import json
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from statistics import mean, stdev
 from typing import Any, Literal
 
@@ -12,11 +15,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from reconmtl.comparing import Spread, compare, delta_m, grid
+from reconmtl.comparing import Spread, compare, delta_m
 from reconmtl.conflicts import ConflictLog
 from reconmtl.errors import RunError
 from reconmtl.plan import Plan
 from reconmtl.runs import Run, Values
+from reconmtl.significance import Paired
 
 BEST: dict[str, dict[str, Literal["max", "min"]]] = {"digit": {"acc": "max"}, "depth": {"abs": "min", "rel": "min"}}
 
@@ -162,30 +166,42 @@ def test_a_baseline_of_zero_or_no_metrics_leave_the_table_whole() -> None:
 
 
 @pytest.mark.parametrize(
-    "changes",
+    ("changes", "reason"),
     [
-        {"fingerprint": "other"},
-        {"directions": {**BEST, "digit": {"acc": "min"}}},
-        {"config": {"machine": {"max_batches": 2}}},  # judged on a part of the test set
+        ({"fingerprint": "other"}, "data other instead of data"),
+        (
+            {"directions": {**BEST, "digit": {"acc": "min"}}},
+            "metrics digit acc (min), depth abs (min), depth rel (min) instead of digit acc (max), depth abs",
+        ),
+        ({"config": {"machine": {"max_batches": 2}}}, "batches per epoch 2 instead of all"),
+        ({"config": {"recipe": {"epochs": 3}}}, "epochs 3 instead of all"),
     ],
 )
-def test_runs_of_other_data_or_metrics_are_refused(changes: dict[str, Any]) -> None:
-    with pytest.raises(
-        RunError, match=r"Data or metrics differ from those of 'joint' \(seed 0, data data.*'recon' \(seed 3, data"
-    ):
-        compare([run(), run("recon", 3, **changes)])
+def test_runs_that_are_not_comparable_are_listed_and_not_mixed(changes: dict[str, Any], reason: str) -> None:
+    odd = run("joint", 3, **changes)
+    found = compare([run(), run(seed=1), odd])
+    assert [(r.label, r.seeds) for r in found.rows] == [("joint", (0, 1))]
+    (out,) = found.left_out
+    assert out.run == "joint, seed 3" and out.reason.startswith(reason)
+    assert str(found).endswith(f"Left out, because these are not comparable:\n- joint, seed 3: {out.reason}")
+    assert found.to_dict()["left_out"] == [{"run": out.run, "reason": out.reason}]
+    # What is comparable is what goes with the baseline, if one is chosen.
+    other = compare([run(), replace(odd, label="mine")], baseline="mine")
+    assert [r.label for r in other.rows] == ["mine"] and other.left_out[0].run == "joint, seed 0"
 
 
-def test_runs_that_would_be_counted_wrongly_are_all_named() -> None:
-    runs = [run(), run(seed=1), run(seed=1), run("recon"), run("recon", 1, config={"recipe": {"lr": 0.2}})]
-    with pytest.raises(RunError) as caught:
-        compare(runs)
-    assert "'joint' has several runs with the seeds [1]; they would count twice" in str(caught.value)
-    assert "'recon' has runs that were trained differently, with lr = 0.1 (seed 0), 0.2 (seed 1)" in str(caught.value)
+def test_a_run_that_is_given_twice_counts_once_and_another_of_its_seed_is_listed(tmp_path: Path) -> None:
+    one, other = (replace(run(), path=tmp_path / name) for name in ("one", "other"))
+    found = compare([one, one, other])
+    assert found.rows[0].seeds == (0,) and [o.run for o in found.left_out] == [str(tmp_path / "other")]
+    assert "the seed 0 of 'joint' is there already" in found.left_out[0].reason
+
+
+def test_a_baseline_that_does_not_exist_is_named() -> None:
     with pytest.raises(RunError, match="There is no run to compare"):
         compare([])
-    with pytest.raises(RunError, match=r"no run labelled 'singel'\. Nearest: 'single'"):
-        compare([run("single")], baseline="singel")
+    with pytest.raises(RunError, match=r"no run labelled 'singel'\. Nearest: 'single'.*no run labelled 'jiont'"):
+        compare([run("single")], baseline="singel", against="jiont")
 
 
 def planned(seed: int, **chosen: Any) -> Run:
@@ -197,39 +213,39 @@ def planned(seed: int, **chosen: Any) -> Run:
 
 
 @pytest.mark.parametrize(
-    ("other", "told"),
+    ("other", "labels"),
     [
-        (lambda: planned(2, k=3), "K = 2 (seeds 0, 1), 3 (seed 2)"),
-        (lambda: planned(2, k=2, severity=-0.2), "severity = -0.1 (seeds 0, 1), -0.2 (seed 2)"),
-        (lambda: planned(2, k=2, by="smallest"), 'plan = "conflict" (seeds 0, 1), "smallest" (seed 2)'),
-        (lambda: replace(planned(2, k=2), plan=None), "K = 2 (seeds 0, 1), null (seed 2)"),
+        (lambda: planned(2, k=3), ("K = 2", "K = 3")),
+        (lambda: planned(2, k=2, severity=-0.2), ("severity = -0.1", "severity = -0.2")),
+        (lambda: planned(2, k=2, by="first"), ("plan = conflict", 'plan = first, layers = {"layer2": [["digit"]')),
+        (lambda: replace(planned(2, k=2), plan=None), ("plan = conflict, K = 2", "kind 2")),
         (
             lambda: replace(planned(2, k=2), config=planned(2, k=2).config | {"norm_stats": "shared"}),
-            'norm_stats = "per-task" (seeds 0, 1), "shared" (seed 2)',
+            ("norm_stats = per-task", "norm_stats = shared"),
         ),
         (
             lambda: replace(planned(2, k=2), config=planned(2, k=2).config | {"machine": {"precision": "bf16-mixed"}}),
-            'precision = "32-true" (seeds 0, 1), "bf16-mixed" (seed 2)',
+            ("precision = 32-true", "precision = bf16-mixed"),
         ),
+        (lambda: replace(planned(2, k=2), network="Other"), ("network = Net", "network = Other")),
     ],
 )
-def test_different_plans_and_trainings_are_not_averaged_and_the_way_out_works(
-    other: Callable[[], Run], told: str
+def test_runs_that_were_trained_differently_are_rows_of_their_own(
+    other: Callable[[], Run], labels: tuple[str, str]
 ) -> None:
     runs = [planned(0, k=2), planned(1, k=2)]
     assert len(compare(runs).rows) == 1  # probes of several seeds may choose different layers
-    with pytest.raises(RunError) as caught:
-        compare([*runs, other()])
-    assert told in str(caught.value)
-    assert 'a label of its own, dataclasses.replace(run, label="...")' in str(caught.value)
-    relabelled = compare([*runs, replace(other(), label="mine")])
-    assert [(r.label, r.seeds) for r in relabelled.rows] == [("recon", (0, 1)), ("mine", (2,))]
+    rows = compare([*runs, other()]).rows
+    assert [r.seeds for r in rows] == [(0, 1), (2,)]
+    for row, label in zip(rows, labels, strict=True):
+        assert row.label in (f"recon ({label})", "recon (kind 1)", "recon (kind 2)") or label in row.label
+    assert len({row.label for row in rows}) == 2
 
 
 def test_random_plans_may_differ_between_seeds_and_plans_by_hand_may_not() -> None:
     assert len(compare([planned(s, k=2, by="random_layers") for s in (0, 1)]).rows) == 1
-    with pytest.raises(RunError, match=r'layers = .*"layer0".* \(seed 0\), .*"layer2".* \(seed 1\)'):
-        compare([planned(s, k=2, by=None) for s in (0, 1)])
+    labels = [r.label for r in compare([planned(s, k=2, by=None) for s in (0, 1)]).rows]
+    assert labels == ["recon (kind 1)", "recon (kind 2)"]
 
 
 def test_a_run_from_disk_may_be_another_seed_of_one_in_memory() -> None:
@@ -277,21 +293,60 @@ def test_numbers_of_any_size_can_be_read(values: list[float], text: str) -> None
     assert Spread.of(values).show() == text
 
 
-@given(st.lists(st.lists(st.text("ab|± Δ", max_size=6), min_size=3, max_size=3), max_size=4))
-def test_every_line_of_a_grid_is_as_wide_as_the_others(rows: list[list[str]]) -> None:
-    lines = grid(["x", "yy", "z|z"], rows).split("\n")
-    assert len(lines) == 2 + len(rows) and len({len(line) for line in lines}) == 1
-    for line, cells in zip(lines[2:], rows, strict=True):
-        parts = line.replace("\\|", "\0").split("|")[1:-1]
-        assert [p.strip().replace("\0", "|") for p in parts] == [c.strip() for c in cells]
-        assert parts[0].startswith(" " + cells[0].replace("|", "\0")) and parts[1].endswith(
-            cells[1].replace("|", "\0") + " "
-        )
+def seeds(label: str, values: list[float], **changes: Any) -> list[Run]:
+    """A run per value, of one task's accuracy."""
+    of: dict[str, Any] = {"directions": {"a": {"acc": "max"}}, **changes}
+    return [run(label, seed, metrics={"a": {"acc": v}}, **of) for seed, v in enumerate(values)]
+
+
+def test_every_method_is_tested_against_the_chosen_one_over_common_seeds() -> None:
+    runs = seeds("single", [50.0]) + seeds("joint", [40.0, 42.0, 41.0]) + seeds("recon", [45.0, 46.0, 44.0, 90.0])
+    assert not compare(runs).tested  # nothing was chosen
+    found = compare(runs, against="joint")
+    single, joint, recon = found.rows
+    assert found.baseline == "single" and joint.paired is None and single.paired is not None and single.paired.n == 1
+    assert recon.paired == Paired.of([10.0, 8.0, 6.0])  # percent of the baseline's 50; seed 3 has no partner
+    assert recon.paired_metrics == {("a", "acc"): Paired.of([5.0, 4.0, 3.0])}
+    assert recon.paired is not None and recon.paired.p_flip == 0.25
+    header = found.header()
+    cells = dict(zip(header, found.cells()[2], strict=True))
+    assert (cells["Δm - joint ↑"], cells["p (sign flip)"]) == ("+8.00 ± 2.00", "0.25")
+    assert "cannot give less than 1 with n = 1, 0.25 with n = 3" in str(found)
+    chosen = compare(runs, baseline="joint")
+    assert (chosen.baseline, chosen.against) == ("joint", "joint")
+
+
+def test_networks_are_named_where_they_differ() -> None:
+    assert "network" not in compare(seeds("joint", [1.0])).header()
+    both = compare(seeds("joint", [1.0]) + seeds("mtan", [2.0], network="MTAN"))
+    assert both.header()[-1] == "network" and [cells[-1] for cells in both.cells()] == ["Net", "MTAN"]
+
+
+def test_markdown_csv_latex_and_json_say_the_same() -> None:
+    runs = seeds("a & b", [40.0, 42.0]) + seeds("c|d", [45.0, 46.0], network="Other")
+    found = compare(runs, baseline="a & b")
+    table = list(csv.DictReader(io.StringIO(found.to("csv"))))
+    data = json.loads(found.to("json"))
+    assert data == json.loads(json.dumps(found.to_dict()))
+    for row, plain, line in zip(found.rows, table, data["rows"], strict=True):
+        assert plain["method"] == line["label"] == row.label
+        assert float(plain["a acc mean"]) == line["metrics"]["a"]["acc"]["mean"] == row.metrics["a", "acc"].mean
+        assert float(plain["delta_m mean"]) == line["delta_m"]["mean"]
+        assert plain["seeds"].split() == [str(s) for s in line["seeds"]] and plain["network"] == line["network"]
+    assert table[0]["p_flip"] == "" and data["rows"][0]["paired"] is None
+    assert float(table[1]["p_flip"]) == data["rows"][1]["paired"]["p_flip"] == 0.5
+    lines = found.to("latex").split("\n")
+    assert lines[4].startswith(r"a \& b & 41.00 $\pm$ 1.41 & +0.00 $\pm$ 3.45 &")
+    assert all(line.count("&") - line.count(r"\&") == len(found.header()) - 1 for line in (lines[2], *lines[4:6]))
+    assert lines[-1].startswith("% p is two-sided")
+    assert found.to("markdown") == str(found) and r"| c\|d" in str(found)
+    with pytest.raises(RunError, match="Nearest: 'latex'"):
+        found.to("latx")  # type: ignore[arg-type]
 
 
 def test_the_comparison_is_plain_data() -> None:
     data = json.loads(json.dumps(compare([run("single"), run(), run(seed=1)]).to_dict(), allow_nan=False))
-    assert data["format"] == "reconmtl.comparison/1" and data["baseline"] == "single"
+    assert data["format"] == "reconmtl.comparison/2" and data["baseline"] == "single"
     single, joint = data["rows"]
     assert joint["metrics"]["digit"]["acc"] == {"mean": 80.5, "sd": pytest.approx(0.5**0.5), "n": 2}
     assert single["metrics"]["depth"]["rel"] == {"mean": 0.2, "sd": None, "n": 1}

@@ -25,7 +25,7 @@ def test_every_setting_is_an_option_of_the_command() -> None:
     line = """file.py:make --preset paper --out runs/x --methods joint recon --tasks a b --seeds 3 4 --epochs 2
         --batch-size 8 --lr 0.5 --width 4 --data full --probe-epochs 1 --severity -0.2 --k 3 --record 0
         --norm-stats shared --jobs 2 --accelerator cpu --precision bf16-mixed --resume --overwrite
-        --fast-dev-run --progress never --json"""
+        --fast-dev-run --progress never --quiet --json --loggers tensorboard mine.py:Mine"""
     settings = parse(*line.split())
     expected = Settings(
         problem="file.py:make",
@@ -51,7 +51,9 @@ def test_every_setting_is_an_option_of_the_command() -> None:
         overwrite=True,
         fast_dev_run=True,
         progress="never",
+        quiet=True,
         json=True,
+        loggers=("tensorboard", "mine.py:Mine"),
     )
     assert settings == expected
     default = Settings(problem="other")

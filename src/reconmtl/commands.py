@@ -1,0 +1,311 @@
+"""What each command does: it calls the library and prints the result. Torch is imported only where it is needed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from reconmtl.errors import ConfigError, ReconError, nearest
+from reconmtl.settings import (
+    BASES,
+    CheckSettings,
+    CompareSettings,
+    DataSettings,
+    FitSettings,
+    LsSettings,
+    Preset,
+    ProbeSettings,
+    RankSettings,
+    Settings,
+    SweepSettings,
+)
+
+if TYPE_CHECKING:
+    from reconmtl.choices import Decided
+
+Faults = Sequence[str]
+"""What is wrong with the file of options, to be reported together with the rest."""
+
+
+@dataclass(frozen=True)
+class Command:
+    """One command: its options, and the function that takes them and returns the exit code."""
+
+    options: type
+    act: Callable[[Any, Faults], int]
+
+
+def _show(options: Any, data: object, text: str) -> None:  # noqa: ANN401 any command's
+    print(json.dumps(data) if options.json else text)
+
+
+def _stop(faults: Faults) -> None:
+    if faults:
+        raise ConfigError("\n".join(faults))
+
+
+def ls(options: LsSettings, faults: Faults) -> int:
+    """List the ready problems."""
+    from reconmtl.choices import find_problem
+    from reconmtl.problems import READY
+
+    _stop(faults)
+    data = []
+    lines = []
+    for name, about in READY.items():
+        presets = find_problem(name)[1]
+        data.append({"name": name, "about": about, "presets": {n: asdict(p) for n, p in presets.items()}})
+        lines.append(f"{name:14}{about}")
+        lines += [f"{'':14}--preset {n}: {_scale(p)}" for n, p in presets.items()]
+    _show(options, data, "\n".join(lines))
+    return 0
+
+
+def _scale(preset: Preset) -> str:
+    options = [f"{n} {v}" for n, v in preset.options.items()]
+    seeds = f"{len(preset.seeds)} seed{'s' * (len(preset.seeds) > 1)}"
+    length = f"{preset.epochs} epochs ({preset.probe_epochs} probed)"
+    return ", ".join(
+        [*options, length, f"batch {preset.batch_size}", f"K = {preset.k}", f"S = {preset.severity:g}", seeds]
+    )
+
+
+def data(options: DataSettings, faults: Faults) -> int:
+    """Build the full data set of a ready problem."""
+    from reconmtl.problems import idx, multifashion_data
+
+    found = list(faults)
+    if options.problem != "multifashion":
+        found.append(f"No data set to build for {options.problem!r}. {nearest(options.problem, ['multifashion'])}")
+    if options.source is None and not options.download:
+        found.append("Say where the original files are: --from DIR, or --download to fetch them.")
+    _stop(found)
+    source = options.source or (options.cache or multifashion_data.cache_folder()) / "original"
+    if options.download:
+        idx.download(source)
+    folder = multifashion_data.build_full(source, cache=options.cache, seed=options.seed, overwrite=options.overwrite)
+    text = f"Multi-Fashion+MNIST is in {folder}; `reconmtl run multifashion --preset paper` finds it there."
+    _show(options, {"problem": options.problem, "folder": str(folder)}, text)
+    return 0
+
+
+def check(options: CheckSettings, faults: Faults) -> int:
+    """Report every fault of a problem."""
+    from reconmtl.choices import problem_factory
+    from reconmtl.faults import check as look
+
+    make = problem_factory(_settings(options), faults)
+    checked = look(make)
+    _show(options, checked.to_dict(), str(checked))
+    return 0 if checked.ok else 2
+
+
+def _settings(options: Any, **more: Any) -> Settings:  # noqa: ANN401 any command with a problem
+    """The options of a command as those of a study, which it is a part of."""
+    names = {f.name for f in fields(Settings)} & {f.name for f in fields(options)}
+    return Settings(**{n: getattr(options, n) for n in names}, **more)
+
+
+def probe(options: ProbeSettings, faults: Faults) -> int:
+    """Record how the tasks' gradients relate."""
+    from reconmtl.conflicts import ConflictLog
+    from reconmtl.jobs import Job
+
+    decided = _decide(_settings(options, methods=("joint",)), faults)
+    if options.seeds is None:
+        decided = replace(decided, seeds=decided.seeds[:1])
+    folder = _folder(options, decided, "probe")
+    names = ["log"] if len(decided.seeds) == 1 else [f"seed{s}/log" for s in decided.seeds]
+    jobs = [
+        Job(decided, "probe", s, str(folder / n), accelerator=options.accelerator)
+        for s, n in zip(decided.seeds, names, strict=True)
+    ]
+    _do(options, [job for job in jobs if not job.finished])
+    logs = [ConflictLog.load(folder / n) for n in names]
+    log = logs[0].merge(logs[1:])
+    if len(logs) > 1:
+        log.save(folder / "log")
+    where = folder / "log"
+    data = {"log": str(where), "steps": log.steps, "tasks": list(log.tasks), "layers": list(log.layers)}
+    text = f"Measured {log.steps} steps at {len(log.layers)} layers that tasks share: {where}"
+    _show(options, data, f"{text}\nNext: reconmtl rank {where} --top K -o {folder / 'plan.json'}")
+    return 0
+
+
+def rank(options: RankSettings, faults: Faults) -> int:
+    """Order layers by their conflicts, and write a plan."""
+    from reconmtl.conflicts import ConflictLog, check_severity
+    from reconmtl.jobs import plan_by
+    from reconmtl.reporting.tables import layers_table
+
+    found = list(faults)
+    try:
+        check_severity(options.severity)
+    except ReconError as error:
+        found.append(str(error))
+    if options.top is not None and options.budget_mb is not None:
+        found.append("--top and --budget-mb both say how many layers: give one of them.")
+    if options.budget_mb is not None and options.by != "recon":
+        found.append(f"--budget-mb walks the ranking, it does not go with --by {options.by}: give --top.")
+    chosen = options.top is not None or options.budget_mb is not None or options.by == "norms"
+    if not chosen and (options.out is not None or options.by != "recon"):
+        found.append("Say how many layers the plan splits: --top K or --budget-mb MB.")
+    logs = []
+    for path in options.log:
+        try:
+            logs.append(ConflictLog.load(path))
+        except ReconError as error:
+            found.append(str(error))
+    if not options.log:
+        found.append("LOG: give the folder of a log, e.g. runs/mine/log.")
+    _stop(found)
+    log = logs[0].merge(logs[1:])
+    ranking = log.rank(severity=options.severity)
+    plan = None
+    if chosen and options.budget_mb is not None:
+        plan = ranking.budget(megabytes=options.budget_mb)
+    elif chosen:
+        plan = plan_by(log, ranking, options.by, options.top, seed=options.seed)
+    if plan is not None and options.out is not None:
+        plan.save(options.out)
+    data = {
+        "format": "reconmtl.ranking/1",
+        "severity": options.severity,
+        "steps": log.steps,
+        "tasks": list(log.tasks),
+        "layers": [
+            {"name": n, "score": s, "measured": m, "parameters": log.sizes[n], "noise": n in ranking.noise}
+            for n, s, m in zip(ranking.layers, ranking.scores, ranking.measured, strict=True)
+        ],
+        "plan": None if plan is None else plan.to_dict(),
+    }
+    lines = [layers_table(ranking, ranking.top(len(ranking.layers)) if plan is None else plan)]
+    if plan is not None:
+        added = (len(plan.tasks) - 1) * sum(log.sizes[n] for n in plan.layers)
+        lines.append(
+            f"This plan splits {len(plan)} of {len(log.layers)} layers and adds {added:,} parameters "
+            f"({added * 4 / 2**20:.2f} MB)." + (f" It is in {options.out}." if options.out else "")
+        )
+    _show(options, data, "\n\n".join(lines))
+    return 0
+
+
+def fit(options: FitSettings, faults: Faults) -> int:
+    """Train one method, once per seed."""
+    from reconmtl.choices import load_problem
+    from reconmtl.comparing import compare as side_by_side
+    from reconmtl.jobs import Job
+    from reconmtl.plan import Plan
+    from reconmtl.train import open_run
+
+    found = list(faults)
+    if options.method not in BASES:
+        found.append(f"Unknown method {options.method!r}. {nearest(options.method, BASES)} Layers are split by --plan.")
+    plan = None
+    if options.plan is not None:
+        if options.method == "single":
+            found.append("Single-task training shares nothing: --plan does not apply to it.")
+        try:
+            plan = Plan.load(options.plan)
+        except ReconError as error:
+            found.append(str(error))
+    settings = _settings(options, methods=(options.method if options.method in BASES else "joint",))
+    decided = _decide(settings, found, plan)
+    folder = _folder(options, decided, options.method + (f"-{options.plan.stem}" if options.plan else ""))
+    given = None if options.plan is None else str(options.plan)
+    jobs = [
+        Job(decided, options.method, s, str(folder), plan=given, accelerator=options.accelerator) for s in decided.seeds
+    ]
+    _do(options, jobs)  # a finished one says so itself, if its settings are the same
+    problem = load_problem(decided)
+    comparison = side_by_side([open_run(folder / f"seed{s}", problem) for s in decided.seeds])
+    _show(options, {"folder": str(folder), **comparison.to_dict()}, f"{comparison}\n\nResults: {folder}")
+    return 0
+
+
+def _decide(settings: Settings, faults: Faults, plan: Any = None) -> Decided:  # noqa: ANN401 a Plan or None
+    from reconmtl.choices import decide
+    from reconmtl.jobs import rehearse
+
+    decided = decide(settings, faults=faults)
+    rehearse(decided, plan)
+    return decided
+
+
+def _folder(options: Any, decided: Decided, what: str) -> Path:  # noqa: ANN401
+    """The folder of a command that is a part of a study: made, refused, or continued."""
+    from reconmtl.choices import default_folder
+    from reconmtl.runs import new_folder
+    from reconmtl.study import write_config
+
+    usual = default_folder(decided)
+    out = options.out or usual.with_name(f"{usual.name}-{what}")
+    folder = new_folder(out, resume=options.resume, overwrite=options.overwrite)
+    write_config(folder, decided)
+    return folder
+
+
+def _do(options: Any, todo: Sequence[Any]) -> None:  # noqa: ANN401
+    """Do a command's jobs."""
+    from reconmtl.workers import count, first_failure, here_or_processes, run_jobs
+
+    if not todo:
+        return
+    at_once = (
+        1 if options.fast_dev_run and options.jobs is None else count(options.jobs, options.accelerator, len(todo))
+    )
+    with here_or_processes(at_once, "never" if options.quiet else options.progress) as workers:
+        run_jobs(todo, workers, done=lambda _: None, failed=first_failure)
+
+
+def run(options: Settings, faults: Faults) -> int:
+    """Do the whole of Recon and its controls."""
+    from reconmtl.study import run_study
+
+    study = run_study(options, faults=faults)
+    text = f"{study.text}\n\nResults: {study.folder} (table.md, comparison.json, plan.json, log/, a folder per method)"
+    _show(options, {"folder": str(study.folder), **study.comparison.to_dict()}, text)
+    return 0
+
+
+def sweep(options: SweepSettings, faults: Faults) -> int:
+    """Train methods x seeds x problems."""
+    from reconmtl.sweeping import run_sweep
+
+    done = run_sweep(options, faults=faults)
+    kept = f" ({done.skipped} trainings were there already)" if done.skipped else ""
+    _show(options, done.to_dict(), f"{done.text}\n\nResults: {done.folder}{kept}")
+    return 3 if done.failures else 0
+
+
+def compare(options: CompareSettings, faults: Faults) -> int:
+    """Put finished runs side by side."""
+    from reconmtl.collecting import find_runs
+    from reconmtl.comparing import compare as side_by_side
+
+    found = list(faults)
+    if not options.runs:
+        found.append("RUN: give at least one folder, e.g. runs/multifashion-demo.")
+    _stop(found)
+    runs, missing = find_runs(options.runs)
+    comparison = side_by_side(
+        runs, baseline=options.baseline, against=options.against, threshold=options.threshold, left_out=missing
+    )
+    print(comparison.to("json" if options.json else options.format))
+    return 0
+
+
+COMMANDS = {
+    "ls": Command(LsSettings, ls),
+    "check": Command(CheckSettings, check),
+    "data": Command(DataSettings, data),
+    "run": Command(Settings, run),
+    "sweep": Command(SweepSettings, sweep),
+    "probe": Command(ProbeSettings, probe),
+    "rank": Command(RankSettings, rank),
+    "fit": Command(FitSettings, fit),
+    "compare": Command(CompareSettings, compare),
+}
