@@ -112,8 +112,8 @@ def split_method(name: str) -> tuple[str, str | None]:
     Raises:
         UnknownNameError: If there is no such method; the nearest are given.
     """
-    base, _, plan = name.partition("+") if "+" in name or name in BASES else ("joint", "", name)
-    if base not in BASES or (plan and plan not in PLANS) or name.endswith("+"):
+    base, plus, plan = (name, "", "") if name in BASES else name.partition("+") if "+" in name else ("joint", "+", name)
+    if base not in BASES or (plus and plan not in PLANS):
         raise UnknownNameError(f"Unknown method {name!r}. {nearest(name, METHODS)}")
     if base == "single" and plan:
         raise UnknownNameError(f"Unknown method {name!r}: single-task training shares nothing that could be split.")

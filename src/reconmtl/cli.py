@@ -56,7 +56,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # SIGTERM is a cluster's or a service's way of asking to stop.
     before = signal.signal(signal.SIGTERM, signal.default_int_handler) if here else None
     try:
-        return _dispatch(words)
+        code = _dispatch(words)
+        sys.stdout.flush()  # here, where a reader that has gone is no error
+        return code
     except ReconError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT

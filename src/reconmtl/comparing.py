@@ -12,11 +12,11 @@ from typing import Literal
 from reconmtl.collecting import LeftOut, labelled, where, why_not
 from reconmtl.conflicts import ConflictLog, share_below
 from reconmtl.errors import RunError, nearest
-from reconmtl.runs import Run, Values
-from reconmtl.significance import Paired
 from reconmtl.formats import csv_text, latex
 from reconmtl.formats import grid as grid
 from reconmtl.formats import readable as readable
+from reconmtl.runs import Run, Values
+from reconmtl.significance import Paired
 
 FORMAT = "reconmtl.comparison/2"
 FEW = 6

@@ -14,19 +14,20 @@ from reconmtl.jobs import Job, rehearse
 from reconmtl.runs import new_folder
 from reconmtl.settings import Settings, SweepSettings
 from reconmtl.study import Study, after, conclude, study_jobs
-from reconmtl.workers import Ray, Workers, closing, count, here_or_processes, run_jobs, sentence
+from reconmtl.workers import Ray, Workers, closing, count, here_or_processes, run_jobs, sentence, story
 
 FORMAT = "reconmtl.sweep/1"
 
 
 @dataclass(frozen=True)
 class Failure:
-    """A probe or training that did not end well."""
+    """A probe or training that did not end well; `traceback` says where, if it was a bug."""
 
     problem: str
     method: str
     seed: int
     reason: str
+    traceback: str = ""
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,8 @@ def run_sweep(settings: SweepSettings, *, faults: Sequence[str] = ()) -> Sweep:
     failures: list[Failure] = []
 
     def failed(job: Job, error: Exception) -> None:
-        failures.append(Failure(job.decided.problem, job.method, job.seed, sentence(error)))
+        told = "" if isinstance(error, ReconError) else story(error)
+        failures.append(Failure(job.decided.problem, job.method, job.seed, sentence(error), told))
 
     if jobs:
         with _workers(settings, len(jobs)) as workers:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import multiprocessing
 import os
+import re
 import signal
 import threading
 import traceback
@@ -101,9 +102,15 @@ def sentence(error: Exception) -> str:
         return "the process was killed, most likely for want of memory"
     if isinstance(error, ReconError):
         return " ".join(str(error).split())
-    frames = traceback.extract_tb(error.__traceback__)
-    where = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
+    # What comes from another process carries its traceback as text, as the cause.
+    places = re.findall(r'^ *File "(.+)", line (\d+)', story(error.__cause__ or error), re.MULTILINE)
+    where = f" ({places[-1][0]}:{places[-1][1]})" if places else ""
     return f"{type(error).__name__}: {' '.join(str(error).split())}{where}"
+
+
+def story(error: BaseException) -> str:
+    """The whole traceback, also of another process."""
+    return "".join(traceback.format_exception(error))
 
 
 def count(jobs: int | None, accelerator: str, total: int) -> int:

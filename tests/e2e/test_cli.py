@@ -1,7 +1,7 @@
-"""The real command, in a process of its own."""
+"""The command line as people and machines use it; a process of its own only where one is needed."""
 
-import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from reconmtl.cli import main
+from commandline import QUICK, Say, caller
+from reconmtl.cli import EXIT_CODES, GROUPS, parse
+from reconmtl.commands import COMMANDS
 from reconmtl.version import __version__
 
 
@@ -27,31 +29,77 @@ def _run(*arguments: str, cwd: Path, cache: Path | None = None) -> subprocess.Co
     )
 
 
-def test_one_command_does_the_whole_of_recon(tmp_path: Path) -> None:
-    done = _run("run", "planted", "--seeds", "0", "--out", "here", "--progress", "always", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert "| joint w/ Recon" in done.stdout
-    assert "Results: here" in done.stdout
-    assert "probe seed 0" in done.stderr  # progress is on stderr only
-    assert "it/s" not in done.stdout
-    assert "seed 0" not in done.stdout.partition("| method")[0]
-    assert (tmp_path / "here" / "table.md").read_text().strip() in done.stdout
+@pytest.fixture
+def say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Say:
+    return caller(tmp_path, monkeypatch, capsys)
 
 
-def test_json_on_stdout_and_nothing_on_stderr_without_a_terminal(tmp_path: Path) -> None:
-    done = _run("run", "planted", "--seeds", "0", "--epochs", "1", "--json", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert [row["label"] for row in json.loads(done.stdout)["rows"]][:2] == ["single-task", "joint"]
-    assert done.stderr == ""
+# Help. ----------------------------------------------------------------------------------------------------------------
 
 
-def test_paper_scale_smoke_test_runs_without_the_full_data(tmp_path: Path) -> None:
-    done = _run("run", "multifashion", "--preset", "paper", "--fast-dev-run", "--out", "out", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    for size in ("42.81", "85.62", "43.30"):  # joint and single-task as published, the 25 smallest layers
-        assert f" {size} " in done.stdout
-    assert "numbers mean nothing" in done.stdout
-    assert "mini set instead" in done.stderr
+def test_help_lists_every_command_and_exit_code_and_the_version_can_be_asked_for(say: Say) -> None:
+    for words in (("--help",), ("-h",), ("help",)):
+        said = say(*words)
+        assert said.code == 0 and "Find the layers of a multi-task network that the tasks fight over" in said.out
+        for name in COMMANDS:
+            assert f"  {name:9}" in said.out
+        for code, told in EXIT_CODES.items():
+            assert f"{code:<5}{told}" in said.out
+    assert say().code == 2  # no command at all is no success
+    assert say("--version").out == f"reconmtl {__version__}\n"
+    assert {name for names in GROUPS.values() for name in names} >= set(COMMANDS)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_grouped_help_with_three_examples_that_can_be_parsed(name: str, say: Say) -> None:
+    said = say(name, "--help")
+    assert said.code == 0 and said.err == ""
+    for group in COMMANDS[name].options.__bases__[1:]:
+        if len(getattr(group, "__dataclass_fields__", {})) > 1:
+            assert f" {group.__name__.removesuffix('Options').lower()} options " in said.out
+    for option in ("--config FILE", "--json", "--quiet"):
+        assert option in said.out
+    examples: tuple[str, ...] = COMMANDS[name].options.examples  # type: ignore[attr-defined]
+    assert len(examples) == 3
+    Path("sweep.yaml").write_text("problems: [planted]\n")
+    for line in examples:
+        assert f"\n  {line}\n" in said.out
+        command, first, *rest = shlex.split(line.partition(" | ")[0].partition(" > ")[0])
+        assert (command, first) == ("reconmtl", name)
+        options, faults = parse(name, rest)
+        assert isinstance(options, COMMANDS[name].options) and not faults
+
+
+# Options from files. --------------------------------------------------------------------------------------------------
+
+
+def test_a_file_gives_options_and_the_command_line_overrides_them(say: Say) -> None:
+    Path("run.yaml").write_text("problem: planted\nseeds: [3, 4]\nepochs: 2\nlr: 1e-3\nmethods: joint\nquiet: true\n")
+    options, faults = parse("run", ["--config", "run.yaml", "--seeds", "5", "--no-quiet"])
+    assert not faults
+    assert (options.problem, options.seeds, options.epochs, options.lr) == ("planted", (5,), 2, 0.001)
+    assert options.methods == ("joint",) and options.quiet is False
+    assert parse("run", ["multifashion", "--config=run.yaml"])[0].problem == "multifashion"
+    assert say("run", "--config", "run.yaml", "--json", "--jobs", "1").json["rows"][0]["seeds"] == [3, 4]
+
+
+def test_all_faults_of_file_and_options_are_reported_at_once(say: Say) -> None:
+    Path("run.yaml").write_text("problem: planted\nepochz: 3\nseeds: [a]\nmethods: [jiont]\nseverity: 0.5\n")
+    said = say("run", "--config", "run.yaml", "--k", "0", "--tasks", "plus", "minsu")
+    assert said.code == 2 and said.out == "" and said.err.startswith("error: ")
+    for piece in (
+        "run.yaml: Unknown key 'epochz'. Nearest: 'epochs'",
+        "run.yaml: seeds = ['a']: expected a list, each a whole number.",
+        "Unknown method 'jiont'. Nearest: 'joint'.",
+        "S = 0.5 is outside (-1, 0]",
+        "K = 0",
+        "Nearest: 'minus'",
+    ):
+        assert piece in said.err
+    assert not Path("runs").exists()
+
+
+# Bad input. -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -71,26 +119,60 @@ def test_paper_scale_smoke_test_runs_without_the_full_data(tmp_path: Path) -> No
         (["data", "celebra"], ["celebra"]),
         (["run", "planted", "--resume", "--overwrite"], ["one of them"]),
         (["run", "planted", "--stepz", "3"], ["--stepz"]),
+        (["run", "planted", "--epoch", "3"], ["Perhaps you meant", "--epochs"]),
+        (["run", "planted", "--methods", "joint+recn"], ["Nearest:", "'recon'"]),
+        (["run", "planted", "--config", "none.yaml"], ["no file none.yaml"]),
+        (["rnu", "planted"], ["Unknown command 'rnu'. Nearest: 'run'"]),
+        (["sweep"], ["problems: give at least one"]),
+        (["sweep", "--problems", "plantd", "multifashio", "--k", "0"], ["'planted'", "'multifashion'", "K = 0"]),
+        (["rank"], ["LOG"]),
+        (["compare"], ["RUN"]),
     ],
 )
-def test_bad_input_is_a_sentence_and_exit_code_2(
-    arguments: list[str],
-    pieces: list[str],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("RECONMTL_CACHE", str(tmp_path / "cache"))
-    try:
-        code: object = main(arguments)
-    except SystemExit as done:  # the parser's own way out
-        code = done.code
-    assert code == 2
-    errors = capsys.readouterr().err
+def test_bad_input_is_a_sentence_and_exit_code_2(arguments: list[str], pieces: list[str], say: Say) -> None:
+    said = say(*arguments)
+    assert said.code == 2 and said.out == ""
     for piece in pieces:
-        assert piece in errors
-    assert not (tmp_path / "runs").exists()  # found out before anything was made
+        assert piece in said.err
+    assert not Path("runs").exists()  # found out before anything was made
+
+
+def test_a_corrupt_data_file_is_named(say: Say) -> None:
+    for folder in ("mnist", "fashion-mnist"):
+        Path("data", folder).mkdir(parents=True)
+    Path("data", "mnist", "train-images-idx3-ubyte.gz").write_bytes(b"\x1f\x8bnot really")
+    said = say("data", "multifashion", "--from", "data")
+    assert said.code == 2 and "train-images-idx3-ubyte" in said.err
+
+
+def test_an_existing_folder_is_refused_with_both_ways_out(say: Say) -> None:
+    arguments = ("run", *QUICK, "--seeds", "0", "--methods", "joint", "--jobs", "1", "--out", "out")
+    assert say(*arguments).code == 0
+    again = say(*arguments)
+    assert again.code == 2 and "--resume" in again.err and "--overwrite" in again.err
+    assert say(*arguments, "--resume").code == 0
+
+
+# Processes. -----------------------------------------------------------------------------------------------------------
+
+
+def test_one_command_does_the_whole_of_recon(tmp_path: Path) -> None:
+    done = _run("run", "planted", "--seeds", "0", "--out", "here", "--progress", "always", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "| joint w/ Recon" in done.stdout
+    assert "Results: here" in done.stdout
+    assert "probe seed 0" in done.stderr  # progress is on stderr only
+    assert "it/s" not in done.stdout
+    assert "seed 0" not in done.stdout.partition("| method")[0]
+    assert (tmp_path / "here" / "table.md").read_text().strip() in done.stdout
+
+
+def test_paper_scale_smoke_test_runs_without_the_full_data(say: Say) -> None:
+    said = say("run", "multifashion", "--preset", "paper", "--fast-dev-run", "--out", "out")
+    assert said.code == 0
+    for size in ("42.81", "85.62", "43.30"):  # joint and single-task as published, the 25 smallest layers
+        assert f" {size} " in said.out
+    assert "numbers mean nothing" in said.out and "mini set instead" in said.err
 
 
 def test_bad_input_ends_the_process_with_exit_code_2_and_no_traceback(tmp_path: Path) -> None:
@@ -100,36 +182,22 @@ def test_bad_input_ends_the_process_with_exit_code_2_and_no_traceback(tmp_path: 
     assert done.stdout == ""
 
 
-def test_an_existing_folder_is_refused_with_both_ways_out(tmp_path: Path) -> None:
-    arguments = ("run", "planted", "--seeds", "0", "--epochs", "1", "--methods", "joint", "--out", "out")
-    assert _run(*arguments, cwd=tmp_path).returncode == 0
-    again = _run(*arguments, cwd=tmp_path)
-    assert again.returncode == 2
-    assert "--resume" in again.stderr
-    assert "--overwrite" in again.stderr
-    assert _run(*arguments, "--resume", cwd=tmp_path).returncode == 0
+def test_a_reader_that_has_seen_enough_is_no_error(tmp_path: Path) -> None:
+    words = [sys.executable, "-m", "reconmtl", "--help"]
+    with (tmp_path / "errors").open("w") as errors:
+        process = subprocess.Popen(words, cwd=tmp_path, stdout=subprocess.PIPE, stderr=errors)
+        assert process.stdout is not None
+        process.stdout.close()  # before it could write
+        assert process.wait(60) == 0
+    assert (tmp_path / "errors").read_text() == ""
 
 
-def test_a_corrupt_data_file_is_named(tmp_path: Path) -> None:
-    for folder in ("mnist", "fashion-mnist"):
-        (tmp_path / "data" / folder).mkdir(parents=True)
-    (tmp_path / "data" / "mnist" / "train-images-idx3-ubyte.gz").write_bytes(b"\x1f\x8bnot really")
-    done = _run("data", "multifashion", "--from", "data", cwd=tmp_path)
-    assert done.returncode == 2
-    assert "train-images-idx3-ubyte" in done.stderr
-    assert "Traceback" not in done.stderr
-
-
-def test_your_own_problem_from_a_file(tmp_path: Path) -> None:
-    (tmp_path / "mine.py").write_text(
+def test_your_own_problem_from_a_file(say: Say) -> None:
+    Path("mine.py").write_text(
         "from reconmtl.problems import planted\ndef make():\n    return planted.make().replace(name='mine')\n"
     )
-    done = _run("run", "mine.py:make", "--k", "2", "--jobs", "2", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert "blocks.4" in done.stdout
-    wrong = _run("run", "mine.py:mak", cwd=tmp_path)
-    assert wrong.returncode == 2
-    assert "Nearest: 'make'" in wrong.stderr
+    said = say("run", "mine.py:make", "--k", "2", "--jobs", "1")
+    assert said.code == 0 and "blocks.4" in said.out and said.err == ""
 
 
 def test_an_interrupted_study_leaves_no_process_behind_and_resumes(tmp_path: Path) -> None:
@@ -196,21 +264,3 @@ def test_a_killed_worker_is_a_sentence(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert "was killed" in done.stderr
     assert "Traceback" not in done.stderr
-
-
-def test_ls_lists_the_ready_problems(tmp_path: Path) -> None:
-    done = _run("ls", cwd=tmp_path)
-    assert done.returncode == 0
-    assert "multifashion" in done.stdout
-    assert "--preset demo: width 8, data mini, 8 epochs (2 probed)" in done.stdout
-    assert "--preset paper: width 64, data full, 120 epochs (30 probed), batch 256, K = 25" in done.stdout
-    assert "planted" in done.stdout
-
-
-def test_help_says_what_the_program_is_and_the_version_can_be_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as done:
-        main(["--help"])
-    text = " ".join(capsys.readouterr().out.split())
-    assert done.value.code == 0 and "Find the layers of a multi-task network that the tasks fight over" in text
-    assert main(["--version"]) == 0
-    assert capsys.readouterr().out == f"reconmtl {__version__}\n"

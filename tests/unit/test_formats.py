@@ -24,7 +24,8 @@ def test_every_line_of_a_grid_is_as_wide_as_the_others(rows: list[list[str]]) ->
 
 @given(st.lists(st.lists(st.text('ab,"\n ±', max_size=6), min_size=2, max_size=2), max_size=4), st.floats(0.1, 1e300))
 def test_csv_is_read_back_as_it_was_and_numbers_lose_no_digit(rows: list[list[str]], number: float) -> None:
-    table = [*rows, [number, "x"], [math.nan, None]]
+    table: list[list[object]] = [[*row] for row in rows]
+    table += [[number, "x"], [math.nan, None]]
     back = list(csv.reader(io.StringIO(csv_text(["a", "b"], table) + "\n")))
     assert back == [["a", "b"], *rows, [repr(number), "x"], ["", ""]]
 
