@@ -19,6 +19,7 @@ from reconmtl.settings import (
     Preset,
     ProbeSettings,
     RankSettings,
+    ReportSettings,
     Settings,
     SweepSettings,
 )
@@ -298,6 +299,21 @@ def compare(options: CompareSettings, faults: Faults) -> int:
     return 0
 
 
+def report(options: ReportSettings, faults: Faults) -> int:
+    """Write a page about runs."""
+    from reconmtl.reporting import report as write
+
+    found = list(faults)
+    if not options.runs:
+        found.append("RUN: give at least one folder, e.g. runs/multifashion-demo.")
+    _stop(found)
+    page = write(options.runs, to=options.to, figures=options.figures)
+    figures = None if options.figures is None else str(options.figures)
+    text = f"Report: {page}" + (f"; figures: {figures}" if figures else "")
+    _show(options, {"report": str(page), "figures": figures}, text)
+    return 0
+
+
 COMMANDS = {
     "ls": Command(LsSettings, ls),
     "check": Command(CheckSettings, check),
@@ -308,4 +324,5 @@ COMMANDS = {
     "rank": Command(RankSettings, rank),
     "fit": Command(FitSettings, fit),
     "compare": Command(CompareSettings, compare),
+    "report": Command(ReportSettings, report),
 }

@@ -345,7 +345,7 @@ class RunsOptions:
     """What is put side by side."""
 
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN ...")]
-    """Folders of runs, or folders that hold some at any depth: of a study, a method, a sweep."""
+    """Folders of runs, or folders that hold some: of a study, of a method, of a sweep."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -370,6 +370,27 @@ class CompareSettings(RunsOptions, ComparisonOptions, OutputOptions):
         "reconmtl compare runs/mine",
         "reconmtl compare runs/mine runs/mine-recon --against joint",
         "reconmtl compare runs/sweep/planted-default --format latex > table.tex",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PageOptions:
+    """What is written."""
+
+    to: Annotated[Path, tyro.conf.arg(metavar="FILE", aliases=["-o"])] = Path("report.html")
+    """The page: one file that needs no network; it is replaced if it exists."""
+    figures: Folder = None
+    """Folder for the same plots as PDF and PNG (pip install "reconmtl[figures]")."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportSettings(RunsOptions, PageOptions, OutputOptions):
+    """Write one self-contained HTML page about runs: plan, conflicts, curves, stability, comparison."""
+
+    examples: ClassVar = (
+        "reconmtl report runs/mine",
+        "reconmtl report runs/mine runs/mine-recon --to mine.html",
+        "reconmtl report runs/mine --to mine.html --figures figures",
     )
 
 

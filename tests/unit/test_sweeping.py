@@ -121,7 +121,7 @@ def test_a_sweep_ends_with_exit_code_3_if_something_failed(
 @pytest.mark.slow
 def test_an_interrupted_sweep_ends_cleanly_and_goes_on(tmp_path: Path) -> None:
     words = ["sweep", "--problems", "planted", "--methods", "joint", "single", "--seeds", "0", "1", "--jobs", "2"]
-    words += ["--accelerator", "cpu", "--epochs", "600", "--probe-epochs", "1", "--record", "0", "--out", "o"]
+    words += ["--accelerator", "cpu", "--epochs", "150", "--probe-epochs", "1", "--record", "0", "--out", "o"]
     process = subprocess.Popen(
         [sys.executable, "-m", "reconmtl", *words],
         cwd=tmp_path,
