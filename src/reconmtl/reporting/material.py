@@ -130,6 +130,7 @@ def _assemble(
     if runs:
         try:
             comparison = compare(runs)
+            remarks += [f"Not compared with the others: {out.run}: {out.reason}." for out in comparison.left_out]
         except RunError as error:
             refused = str(error)
     sources = [f for f in (study, *(r.path for r in runs), *(p for p, _ in logs)) if f is not None]
