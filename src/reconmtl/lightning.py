@@ -79,6 +79,7 @@ class ProbeCallback(_base()):  # type: ignore[misc]  # its base is known at run 
         }
         self._probe: Probe | None = None
         self._scaler: Any = None
+        self._state: dict[str, Any] = {}  # of a checkpoint, until there is a probe
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:  # noqa: ANN401 of either package
         """Make the probe, when the model is on its device."""
@@ -100,11 +101,22 @@ class ProbeCallback(_base()):  # type: ignore[misc]  # its base is known at run 
             model = pl_module.get_submodule(self.module)
         self._scaler = getattr(trainer.precision_plugin, "scaler", None)
         self._probe = Probe(model, **self._options)
+        if self._state:
+            self._probe.load_state_dict(self._state)
+            self._state = {}
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:  # noqa: ANN401, ARG002 of either package
         """Write the log."""
         if self.out is not None:
             self.probe.log.save(self.out)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What goes into Lightning's checkpoints, so that a training that is resumed goes on with its log."""
+        return {} if self._probe is None else self._probe.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from a checkpoint, when the training starts."""
+        self._state = state_dict
 
     def backward(self, losses: Mapping[str, Tensor], *, last: bool = True) -> None:
         """Do what `Probe.backward` does; to be called in `training_step`.

@@ -53,12 +53,15 @@ class Training(package.LightningModule):
 data = torch.randn(24, 4, generator=torch.Generator().manual_seed(1))
 scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40, backoff_factor=2.0**-30)
 for plugins in ([], [precision.MixedPrecision("16-mixed", "cpu", scaler=scaler)]):
-    callback = ProbeCallback(module="net", out="log", engine="flat")
-    training = Training(callback)
-    package.Trainer(
-        max_epochs=2, accelerator="cpu", callbacks=[callback], plugins=plugins, logger=False, enable_progress_bar=False,
-        enable_checkpointing=False, enable_model_summary=False,
-    ).fit(training, torch.utils.data.DataLoader(data, batch_size=8))
+    for epochs, resumed in ([2, None],) if plugins else ([1, None], [2, "half.ckpt"]):
+        callback = ProbeCallback(module="net", out="log", engine="flat")
+        training = Training(callback)
+        trainer = package.Trainer(
+            max_epochs=epochs, accelerator="cpu", callbacks=[callback], plugins=plugins, logger=False,
+            enable_progress_bar=False, enable_checkpointing=False, enable_model_summary=False,
+        )
+        trainer.fit(training, torch.utils.data.DataLoader(data, batch_size=8), ckpt_path=resumed)
+        trainer.save_checkpoint("half.ckpt")
     log = ConflictLog.load("log")
     assert torch.equal(log.grams, callback.probe.log.grams)
     if plugins:  # the first step overflows in half precision, and Lightning's own scaler skips it
