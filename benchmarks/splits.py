@@ -91,7 +91,7 @@ def outcome(
 
 def zoo() -> list[tuple[str, nn.Module, dict[str, Any], tuple[str, ...], float]]:
     found = []
-    for name, entry in ZOO.ZOO.items():
+    for name, entry in {**ZOO.ZOO, **ZOO.LIBRARY}.items():
         args, kwargs = double(entry.inputs()), double(entry.keywords())
         first = {"keywords": "parts"}.get(name, "x")
         sample = {"args": args, "kwargs": kwargs, "named": {first: args[0] if args else None, **kwargs}}

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.nn.utils.parametrizations import orthogonal, spectral_norm, weight_norm
 from torch.utils.checkpoint import checkpoint
 
-from reconmtl.networks import resnet
+from reconmtl.networks import mobilenet_raspp, mtan, resnet, segnet
 
 TASKS = ("a", "b", "c")
 Make = Callable[[Sequence[str]], nn.Module]
@@ -708,8 +708,23 @@ ZOO: dict[str, Net] = {
 """Every network by name."""
 
 
+def dense(network: Any, width: int) -> Make:
+    return lambda tasks: cast(nn.Module, network.dense(dict.fromkeys(tasks, 2), width=width))
+
+
+LIBRARY: dict[str, Net] = {
+    "segnet": Net(dense(segnet, 1), images(3, 32, batch=2)),
+    "mtan": Net(dense(mtan, 1), images(3, 32, batch=2), single=("heads.*", "encoder_att.*", "decoder_att.*")),
+    "mobilenet_raspp": Net(
+        dense(mobilenet_raspp, 4),
+        images(3, 64, batch=2),
+    ),
+}
+"""The library's own dense networks, thin; too large for what runs over the whole zoo every time."""
+
+
 def build(name: str, tasks: Sequence[str] = TASKS) -> nn.Module:
     """One of them, with weights of its own seed."""
     with torch.random.fork_rng():
-        torch.manual_seed(list(ZOO).index(name))
-        return ZOO[name].make(tasks)
+        torch.manual_seed([*ZOO, *LIBRARY].index(name))
+        return {**ZOO, **LIBRARY}[name].make(tasks)

@@ -12,12 +12,14 @@ from reconmtl.plan import Plan
 from reconmtl.splitting import saved_plan, split, verify, view
 from reconmtl.splitting.outputs import get_task, is_keyed
 from reconmtl.splitting.structure import tensors, transform
-from zoo import TASKS, ZOO, build
+from zoo import LIBRARY, TASKS, ZOO, build
+
+NETS = {**ZOO, **LIBRARY}
 
 
 def shared_layers(name: str, model: nn.Module) -> list[list[str]]:
     """Sets of layers that can be split: each alone, tied ones together."""
-    net = ZOO[name]
+    net = NETS[name]
     names = [x.name for x in find_layers(model) if not any(fnmatchcase(x.name, s) for s in net.single)]
     alone = [[n] for n in names if n not in net.together]
     return [*alone, list(net.together)] if net.together else alone
@@ -27,13 +29,13 @@ def call(model: nn.Module, name: str, dtype: torch.dtype = torch.float64) -> Any
     def cast(t: torch.Tensor) -> torch.Tensor:
         return t.to(dtype) if t.is_floating_point() else t
 
-    net = ZOO[name]
+    net = NETS[name]
     return model(*transform(net.inputs(), cast), **transform(net.keywords(), cast))
 
 
 def sample(name: str) -> Any:
     """The network's inputs as `split(sample=...)` takes them, as keyword arguments where there are any."""
-    net = ZOO[name]
+    net = NETS[name]
     args = transform(net.inputs(), lambda t: t.double() if t.is_floating_point() else t)
     keywords = transform(net.keywords(), lambda t: t.double() if t.is_floating_point() else t)
     if not keywords:
@@ -69,10 +71,10 @@ def check(name: str, layers: list[str], *, groups: list[list[str]] | None = None
     for training, grad in ((True, True), (False, True), (False, False)):
         model.train(training)
         with torch.set_grad_enabled(grad):
-            out = call(split(model, plan, atomic=ZOO[name].atomic), name)
+            out = call(split(model, plan, atomic=NETS[name].atomic), name)
             for t in TASKS:
                 same(get_task(out, t), get_task(call(copy.deepcopy(model), name), t))
-    result = split(model.train(), plan, atomic=ZOO[name].atomic, sample=sample(name))
+    result = split(model.train(), plan, atomic=NETS[name].atomic, sample=sample(name))
     with torch.no_grad():
         generator = torch.Generator().manual_seed(1)
         for p in result.parameters():
@@ -97,6 +99,17 @@ def test_every_layer_alone(name: str) -> None:
         check(name, layers)
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("name", LIBRARY)
+def test_the_librarys_dense_networks(name: str) -> None:
+    choices = shared_layers(name, build(name))
+    pick = random.Random(name)
+    for layers in pick.sample(choices, 5):
+        check(name, layers)
+    check(name, [n for layers in pick.sample(choices, len(choices) // 3) for n in layers], groups=[["a", "c"], ["b"]])
+
+
 @pytest.mark.parametrize("name", ZOO)
 def test_random_sets_and_groups(name: str) -> None:
     choices = shared_layers(name, build(name))
@@ -112,7 +125,7 @@ def test_loop_mode_and_a_checkpoint_of_another_seed(name: str) -> None:
     model = without_dropout(build(name, tasks)).double()
     layers = [n for layers in shared_layers(name, model) for n in layers]
     plan = Plan(tasks=tasks, layers=layers)
-    branch = split(model, plan, atomic=ZOO[name].atomic)
+    branch = split(model, plan, atomic=NETS[name].atomic)
     loop = split(model, plan, mode="loop")
     for training in (True, False):
         for m in (model, branch, loop):
@@ -126,7 +139,7 @@ def test_loop_mode_and_a_checkpoint_of_another_seed(name: str) -> None:
         for p in branch.parameters():
             p.mul_(1.1)
     assert saved_plan(branch.state_dict()) == saved_plan(branch)
-    twin = split(build(name, tasks).double(), saved_plan(branch.state_dict()), atomic=ZOO[name].atomic)
+    twin = split(build(name, tasks).double(), saved_plan(branch.state_dict()), atomic=NETS[name].atomic)
     twin.load_state_dict(branch.state_dict())
     twin.eval()
     out = call(branch, name)
