@@ -3,8 +3,9 @@
 import copy
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -127,3 +128,65 @@ def test_statistics_inside_of_an_atomic_module_are_per_task_although_its_input_i
     verify(model, X)
     model(X)
     assert {n for n, _ in model.named_buffers() if "mean" in n} == {f"trunk.1.per_task.{t}.running_mean" for t in TASKS}
+
+
+class Late(nn.Module):
+    """Changes its buffer in later calls only, or in eval mode only."""
+
+    seen: Tensor
+
+    def __init__(self, when: Callable[["Late"], bool]) -> None:
+        super().__init__()
+        self.weight, self.calls, self.when = nn.Parameter(torch.ones(6)), 0, when
+        self.register_buffer("seen", torch.zeros(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        if self.when(self):
+            self.seen.add_(x.detach().mean(0))
+        return x * self.weight - self.seen
+
+
+@pytest.mark.parametrize("when", [lambda m: m.calls > 2, lambda m: not m.training], ids=["later", "eval"])
+def test_a_buffer_that_was_constant_so_far_is_not_changed_for_one_task_after_the_other(when: Any) -> None:
+    torch.manual_seed(0)
+    model = split(Headed(nn.Sequential(nn.Linear(6, 6), Late(when)), 6, TASKS), Plan(tasks=TASKS, layers=["trunk.0"]))
+    model(X), model(X)
+    with pytest.raises(SplitError, match=r"trunk\.1\.seen is changed by this call"):
+        model.eval()(X)
+
+
+class Sizes(nn.Module):
+    """Looks at all parameters, in eval mode only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        total = x.new_zeros(()) if self.training else torch.stack([p.sum() for p in self.parameters()]).sum()
+        return self.linear(x) + total  # type: ignore[no-any-return]
+
+
+def test_another_mode_is_rehearsed_too() -> None:
+    torch.manual_seed(0)
+    model = split(Headed(Sizes(), 6, TASKS), Plan(tasks=TASKS, layers=["trunk.linear"]))
+    model(X)
+    for _ in range(2):
+        with pytest.raises(SplitError, match="first call in another mode, task 'a': output differs"):
+            model.eval()(X)
+    model.train()(X)
+
+
+def test_a_parameter_in_a_partial_function_is_refused() -> None:
+    class Bound(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(6, 6)
+            self.f = partial(nn.functional.linear, weight=self.linear.weight)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return cast(Tensor, self.f(x) + self.linear(x))
+
+    with pytest.raises(SplitError, match=r"trunk\.linear\.weight is also held in the attribute trunk\.f"):
+        split(Headed(Bound(), 6, TASKS), Plan(tasks=TASKS, layers=["trunk.linear"]))

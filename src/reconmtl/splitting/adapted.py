@@ -109,6 +109,22 @@ class Adapted(nn.Module):
             )
         super().register_parameter(name, param)
 
+    def register_buffer(self, name: str, tensor: Value, persistent: bool = True) -> None:
+        """As of any module; a value that differs between tasks becomes one buffer per task.
+
+        Raises:
+            SplitError: If such a value is a buffer that the module did not have when it was split.
+        """
+        if type(tensor) is not Branched:
+            super().register_buffer(name, tensor, persistent)
+        elif name in self._buffers or name in cast(Record, record(self)).buffers:
+            setattr(self, name, tensor)
+        else:
+            raise SplitError(
+                f"{cast(Record, record(self)).name} registers the buffer {name!r} in its forward, with values that "
+                "differ between tasks. Register it in the constructor, or call the model once before it is split."
+            )
+
     def __reduce_ex__(self, protocol: Any) -> Value:  # noqa: ANN401 as in object
         reduced = super().__reduce_ex__(protocol)
         assert isinstance(reduced, tuple)
@@ -337,10 +353,13 @@ def call_root(module: nn.Module, rec: Record, plain: Value, args: tuple[Value, .
                 revive(t)
 
     try:
-        if root.settled:
+        known = module.training in root.rehearsed or (root.learned and torch.compiler.is_exporting())
+        if root.settled and known:
             return run()
         with _ONE_AT_A_TIME:
-            out = run() if root.learned else first(module, run, args, kwargs)
+            if not known:
+                prepare_call(module, args, kwargs)
+            out = run()
             root.settled = is_settled(module, root.mode == "loop")
             return out
     except MissingTaskError:
@@ -372,27 +391,26 @@ def is_settled(module: nn.Module, whole: bool) -> bool:
     return all(is_settled(m, whole) for m in module._modules.values() if m is not None)
 
 
-def first(module: nn.Module, run: Value, args: tuple[Value, ...], kwargs: dict[str, Value]) -> Value:
-    """The first call: find who owns what, rehearse it on a copy against ordinary networks, compute."""
+def prepare_call(module: nn.Module, args: tuple[Value, ...], kwargs: dict[str, Value]) -> None:
+    """Before the first call in a mode: find who owns what; rehearse the call on a copy against ordinary networks."""
     rec = cast(Record, record(module))
     root = rec.root
     assert root is not None
-    learn(module, args, kwargs)
-    tasks = dict.fromkeys((rec.family.tasks[0], rec.family.tasks[-1]))  # what leaks reaches one of them, or leaves it
-
-    def trial() -> None:
-        rehearse(module, rec, args, kwargs, tasks=tuple(tasks), where="first call")
-
+    learned = root.learned
+    tasks = tuple(dict.fromkeys((rec.family.tasks[0], rec.family.tasks[-1])))  # what leaks reaches one, or leaves one
+    where = f"first call{' in another mode' if learned else ''}"
     try:
+        if not learned:
+            learn(module, args, kwargs)
         try:
-            trial()
+            rehearse(module, rec, args, kwargs, tasks=tasks, where=where)
         except MissingTaskError:  # a value passes from task to task outside the graph: prune nothing
             forget(module)
-            trial()
+            rehearse(module, rec, args, kwargs, tasks=tasks, where=where)
     except BaseException:
-        root.learned = False
+        root.learned = learned
         raise
-    return run()
+    root.rehearsed.add(module.training)
 
 
 def adopt(module: nn.Module, trial: nn.Module) -> None:

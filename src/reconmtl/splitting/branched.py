@@ -62,6 +62,17 @@ class Branched(Tensor):
             f"(a C++ extension, vmap, or a custom autograd Function). {WAYS_OUT}"
         )
 
+    @property
+    def _is_param(self) -> bool:
+        return False
+
+    @_is_param.setter
+    def _is_param(self, _: object) -> None:  # what `nn.Parameter(x)` ends with
+        raise SplitError(
+            "nn.Parameter(x) of a value that differs between tasks would cut it off from what it was computed from "
+            f"(as slices of an nn.ParameterList do: loop over its items instead). {WAYS_OUT}"
+        )
+
     def __repr__(self, **_: object) -> str:  # type: ignore[override]
         parts = ", ".join(
             f"{self.family.label(m)}: {tuple(v.shape)}" for m, v in zip(self.masks, self.vals, strict=True)

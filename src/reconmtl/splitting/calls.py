@@ -7,6 +7,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from reconmtl.errors import SplitError
 from reconmtl.splitting.branched import (
     Branched,
     check_untouched,
@@ -144,6 +145,7 @@ def run_faces(
     results = []
     seen = _versions(masks, args, kwargs) if len(masks) > 1 else None
     held = versions((args, kwargs)) if len(masks) > 1 else None
+    constants = _constants(module) if len(masks) > 1 else []
     collections = Collections(module, rec.name)
     for m, (own, keywords) in calls:
         collections.begin(m)
@@ -151,6 +153,7 @@ def run_faces(
         faces.append(face)
         results.append(face.module(*own, **keywords))
         collections.end()
+        _check_constants(constants, m)
         if seen is not None:
             _check_versions(seen, m, rec)
         if held is not None:
@@ -213,7 +216,30 @@ def unwatch(watched: list[tuple[nn.Module, Masks, list[tuple[Tensor, int]]]], tr
             continue
         share_buffers(m)
         if training:
-            r.stats = "never"
+            r.stats = "constant"
+
+
+def _constants(module: nn.Module) -> list[tuple[nn.Module, Record, str, Tensor, int]]:
+    """The buffers at or below a module that earlier calls did not change, and how often they were written to."""
+    return [
+        (m, r, n, b, 0 if b.is_inference() else b._version)
+        for m, r in _below(module)
+        if r.stats == "constant" and not r.buffers
+        for n, b in m._buffers.items()
+        if b is not None
+    ]
+
+
+def _check_constants(before: list[tuple[nn.Module, Record, str, Tensor, int]], mask: int) -> None:
+    for m, r, n, b, version in before:
+        if m._buffers.get(n) is b and (b.is_inference() or b._version == version):
+            continue
+        r.stats = "watch"
+        raise SplitError(
+            f"{r.name}.{n} is changed by this call, which earlier ones did not do, so that all tasks share it; it now "
+            f"holds what the call for {r.family.label(mask)} left. Load the state from before: from now on each task "
+            f"has a buffer of its own. Or use mode='loop'."
+        )
 
 
 @dataclass

@@ -102,6 +102,9 @@ def rehearse(
     with untouched_randomness():
         base = apart(model, training=training)
         trial = copy.deepcopy(base, kept(base))
+        root = record(trial).root  # type: ignore[union-attr]
+        assert root is not None
+        root.rehearsed |= {True, False}
         alone = {id(p) for m in trial.modules() if isinstance(m, torch.jit.ScriptModule) for p in m.parameters()}
         params = {n: p for n, p in trial.named_parameters() if p.requires_grad and id(p) not in alone}
         before = _random_state()

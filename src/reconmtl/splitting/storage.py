@@ -10,6 +10,7 @@ import copy
 import functools
 import types
 import weakref
+from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -23,6 +24,7 @@ from reconmtl.layers import TaskCopies
 from reconmtl.splitting.branched import Branched, make, pick
 from reconmtl.splitting.conversions import CONVERT, check_asker
 from reconmtl.splitting.groups import Family, Masks, complete, locate, refine
+from reconmtl.splitting.objects import is_object
 from reconmtl.splitting.structure import Value, children
 
 COPIES = "per_task"
@@ -62,6 +64,7 @@ class Root:
     norm_stats: str
     mode: str
     learned: bool = False
+    rehearsed: set[bool] = field(default_factory=set)  # modes (training or not) in which a call was rehearsed
     settled: bool = False  # no call moves tensors about any more, so that several threads may call
 
 
@@ -77,7 +80,8 @@ class Record:
         buffers: The same for buffers.
         owner: The tasks whose outputs this module can reach; all, as long as nothing is known.
         atomic: Whether it runs whole, once per group, on plain tensors.
-        stats: Its buffers become per-task where its input is: "always", "watch" (if a call changes them) or "never".
+        stats: Its buffers become per-task where its input is: "always", "watch" (if a call changes them), "never", or
+            "constant" (they were watched, and no call changed them).
         kernel: It is one of PyTorch's own leaf modules, which call nothing of the user's.
         held: Names of Python attributes whose value differs between groups.
         root: Set for the outermost module.
@@ -134,10 +138,15 @@ def adapted_class(mixin: type, base: type, names: tuple[str, ...]) -> type:
     known = _CLASSES.get(key)
     if known is None:
 
+        def construct(self: nn.Module, *args: Value, **kwargs: Value) -> None:
+            self.__class__ = base  # `type(self)(...)` in a method means the user's class
+            base.__init__(self, *args, **kwargs)  # type: ignore[misc]
+
         def body(namespace: dict[str, Value]) -> None:
             namespace.update({n: property(functools.partial(_read_property, n)) for n in names})
             namespace.update(__module__=base.__module__, __qualname__=base.__qualname__, __doc__=base.__doc__)
             namespace["_reconmtl_key"] = key
+            namespace["__init__"] = construct
 
         known = types.new_class(base.__name__, (mixin, base), {}, body)
         _CLASSES[key] = known
@@ -353,7 +362,7 @@ def to_plain(model: nn.Module, mask: int) -> None:
 
 
 def plain_tensors(model: nn.Module) -> Iterable[tuple[nn.Module, str, Tensor]]:
-    """Tensors that modules hold in ordinary attributes (also inside lists and dicts): (module, attribute, tensor)."""
+    """Tensors that modules hold in attributes (also inside lists, objects, ...): (module, attribute, tensor)."""
     for module in model.modules():
         for name, value in module.__dict__.items():
             if name not in MANAGED and name not in nn.Module().__dict__:
@@ -365,5 +374,23 @@ def _tensors_in(value: Any, depth: int) -> Iterable[Tensor]:  # noqa: ANN401 any
     if isinstance(value, Tensor):
         yield value
     elif depth < 4 and not isinstance(value, nn.Module):
-        for v in children(value) or ():
+        for v in children(value) or _held_by(value):
             yield from _tensors_in(v, depth + 1)
+
+
+def _held_by(value: Value) -> Iterable[Value]:
+    """What is inside of things that are no containers of tensors: partial functions, closures, objects, deques."""
+    if isinstance(value, functools.partial):
+        return (value.func, *value.args, *value.keywords.values())
+    if isinstance(value, types.FunctionType):
+        return [v for c in value.__closure__ or () for v in _content(c)] + list(value.__defaults__ or ())
+    if isinstance(value, (deque, set, frozenset)):
+        return list(value)
+    return list(value.__dict__.values()) if is_object(value) else ()
+
+
+def _content(cell: types.CellType) -> list[Value]:
+    try:
+        return [cell.cell_contents]
+    except ValueError:  # a name that is not assigned yet
+        return []

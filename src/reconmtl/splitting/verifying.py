@@ -65,13 +65,15 @@ def verify(split_model: nn.Module, sample: object) -> Verified:
                 learn(pupil, args, kwargs)
                 adopt(split_model, pupil)
             try:
-                return _both_modes(split_model, rec, args, kwargs)
+                found = _both_modes(split_model, rec, args, kwargs)
             except MissingTaskError:  # found in one mode what does not hold in the other: prune nothing from now on
                 forget(split_model)
-                return _both_modes(split_model, rec, args, kwargs)
+                found = _both_modes(split_model, rec, args, kwargs)
     except BaseException:
         rec.root.learned = learned
         raise
+    rec.root.rehearsed |= {True, False}
+    return found
 
 
 def _both_modes(model: nn.Module, rec: Record, args: tuple[Value, ...], kwargs: dict[str, Value]) -> Verified:
