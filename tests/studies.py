@@ -117,6 +117,7 @@ def write_study(
                 conflict_log(tasks=tasks, layers=kept, steps=max(8, steps // 4), seed=7 + seed, pull=pull).save(
                     run / "log"
                 )
+            _write(run / "timing.json", {"format": "reconmtl.timing/1", "seconds": 10.0})
             _write(
                 run / "result.json",
                 {

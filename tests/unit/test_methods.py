@@ -53,4 +53,5 @@ def test_many_metrics_stand_behind_what_sums_them_up() -> None:
         for r in ROWS
     ]
     text = table(compare(many)).text
-    assert text.index("Δm") < text.index("#P") < text.index("a p")
+    assert text.index("Δm") < text.index("#P") < text.index("All 4 metrics") < text.index("a p")
+    assert text.count("1.000") == 12 and 'class="best">1.000' in text

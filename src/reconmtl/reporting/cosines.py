@@ -12,7 +12,7 @@ import torch
 
 from reconmtl.conflicts import ConflictLog
 from reconmtl.counts import GRID, bins
-from reconmtl.reporting import commands
+from reconmtl.reporting import proposals
 from reconmtl.reporting.axes import Scale, frame, steps, ticks_of
 from reconmtl.reporting.markup import Html, tag
 from reconmtl.reporting.material import Material
@@ -207,7 +207,7 @@ def section(material: Material) -> Section:
         conclusion="No training was recorded (--record), so there are no cosines before and after a split."
         if found is None
         else found.conclusion(),
-        command=commands.control(material),
+        command=proposals.control(material),
         purpose="See what a split of other layers does to the same distribution",
         reading=(
             "Each step and pair of tasks gives one cosine of the gradients over all that is still shared. Left of "

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from reconmtl.comparing import readable
-from reconmtl.reporting import commands
+from reconmtl.reporting import proposals
 from reconmtl.reporting.axes import TASK_COLOURS, Scale, dot, frame, polyline, spread_out, steps, ticks_of, whole_steps
 from reconmtl.reporting.markup import Html, tag
 from reconmtl.reporting.material import Material
@@ -297,7 +297,7 @@ def section_scores(material: Material, windows: Windows | None) -> Section:
         conclusion="There is no log of at least two measured steps, so scores have no course over training."
         if scores is None
         else scores.conclusion(),
-        command=commands.longer_probe(material),
+        command=proposals.longer_probe(material),
         purpose="Probe for longer, if the curves still cross",
         reading=(
             "A line is a layer: the share of its gradient pairs that conflict, window by window. Where the split "
@@ -319,7 +319,7 @@ def section_learning(material: Material) -> Section:
         conclusion=f"There are no evaluations over training, because {lacking}."
         if learning is None
         else learning.conclusion(),
-        command=commands.more_seeds(material),
+        command=proposals.more_seeds(material),
         purpose="Add seeds, so that bands can be told from chance",
         reading=(
             "A line is a method's mean over its seeds, the band reaches from its lowest to its highest seed. "

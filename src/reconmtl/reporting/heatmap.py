@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
-from reconmtl.reporting import commands
+from reconmtl.reporting import proposals
 from reconmtl.reporting.axes import steps, whole_steps
 from reconmtl.reporting.markup import Html, data_block, join, tag
 from reconmtl.reporting.material import Material
@@ -350,7 +350,7 @@ def section(material: Material, windows: Windows | None) -> Section:
         conclusion="No log of gradients was found, so conflicts cannot be shown; probe, or train with --record 1."
         if heat is None
         else heat.conclusion(),
-        command=commands.other_severity(material),
+        command=proposals.other_severity(material),
         purpose="Count conflicts at another severity S",
         reading=(
             "A row is a layer, a column a stretch of training; the darker (on a dark page: the brighter) a cell, the "

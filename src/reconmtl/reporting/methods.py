@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 
 from reconmtl.comparing import Comparison, Row, Spread
-from reconmtl.reporting import commands
+from reconmtl.reporting import proposals
 from reconmtl.reporting.axes import steps, ticks_of
 from reconmtl.reporting.markup import Html, join, tag
 from reconmtl.reporting.material import Material
 from reconmtl.reporting.words import Section, minus, percent, plural, signed
 
 FEW = 3
-"""Metrics that stand before the columns that sum them up."""
+"""Metrics that stand in the same table as what sums them up."""
 
 
 def best_rows(comparison: Comparison) -> dict[int, set[int]]:
@@ -31,16 +32,33 @@ def best_rows(comparison: Comparison) -> dict[int, set[int]]:
 
 
 def table(comparison: Comparison) -> Html:
-    """The rows of a comparison; the best of each column stands out."""
-    best, header = best_rows(comparison), comparison.header()
-    columns, metrics = list(range(1, len(header))), len(comparison.rows[0].metrics)
-    if metrics > FEW:  # what sums them up comes first
-        columns = [*columns[metrics:], *columns[:metrics]]
-    top = tag("tr", tag("th", header[0], scope="col"), [tag("th", minus(header[i]), scope="col") for i in columns])
+    """The rows of a comparison; the best of each column stands out. Many metrics stand in a table of their own."""
+    best, titles, cells = best_rows(comparison), comparison.header(), comparison.cells()
+    metrics = len(comparison.rows[0].metrics)
+    if metrics <= FEW:
+        return _grid(titles, cells, best)
+    kept = [0, *range(metrics + 1, len(titles))]
+    short = _grid(
+        [titles[i] for i in kept],
+        [[line[i] for i in kept] for line in cells],
+        {place: best[i] for place, i in enumerate(kept) if i in best},
+    )
+    turned = [[titles[i], *(line[i] for line in cells)] for i in range(1, metrics + 1)]
+    marked = {k + 1: {i - 1 for i in range(1, metrics + 1) if k in best.get(i, set())} for k in range(len(cells))}
+    full = _grid(["metric", *(line[0] for line in cells)], turned, marked)
+    return join(short, tag("details", tag("summary", f"All {plural(metrics, 'metric')}"), full, cls="all"))
+
+
+def _grid(titles: Sequence[str], cells: Sequence[Sequence[str]], marked: Mapping[int, set[int]]) -> Html:
+    """A table whose first column names the rows; `marked` holds the rows that stand out per column."""
+    top = tag("tr", [tag("th", minus(t), scope="col") for t in titles])
     body = []
-    for k, cells in enumerate(comparison.cells()):
-        values = [tag("td", minus(cells[i]), cls="best" if k in best.get(i, set()) else None) for i in columns]
-        body.append(tag("tr", tag("th", cells[0], scope="row"), values))
+    for k, line in enumerate(cells):
+        values = [
+            tag("td", minus(cell), cls="best" if k in marked.get(i, set()) else None)
+            for i, cell in enumerate(line[1:], start=1)
+        ]
+        body.append(tag("tr", tag("th", line[0], scope="row"), values))
     return tag("div", tag("table", tag("thead", top), tag("tbody", body)), cls="scroll table", tabindex=0)
 
 
@@ -141,7 +159,7 @@ def section(material: Material) -> Section:
         title="Methods side by side",
         body=None if found is None else join(gains(found), table(found)),
         conclusion=f"There is no comparison. {material.refused}" if found is None else conclusion(found),
-        command=commands.control(material),
+        command=proposals.control(material),
         purpose="Compare with splits of the same size at other layers",
         reading=(
             "Arrows say which direction is better; values are mean ± standard deviation over n seeds, the best of a "

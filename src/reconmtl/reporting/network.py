@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from reconmtl.plan import Partition
-from reconmtl.reporting import commands
+from reconmtl.reporting import proposals
 from reconmtl.reporting.axes import TASK_COLOURS
 from reconmtl.reporting.markup import Html, tag
 from reconmtl.reporting.material import Material
@@ -242,7 +242,7 @@ def section(material: Material) -> Section:
         conclusion=drawing.conclusion()
         if drawing is not None and drawn
         else "There is neither a plan nor a log, so there is no network to draw.",
-        command=commands.other_k(material),
+        command=proposals.other_k(material),
         purpose="Split fewer layers and see whether the gain stays",
         reading=(
             "Layers stand in the order in which the network defines them, from input to output. Each task is a line. "

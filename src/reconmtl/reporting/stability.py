@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from reconmtl.reporting import commands
+from reconmtl.reporting import proposals
 from reconmtl.reporting.axes import whole_steps
 from reconmtl.reporting.markup import Html, join, tag
 from reconmtl.reporting.material import Material
@@ -203,7 +203,7 @@ def section(material: Material, windows: Windows | None) -> Section:
         conclusion="There is no log of at least two windows and two layers, so the ranking's stability is unknown."
         if found is None
         else found.conclusion(),
-        command=commands.more_seeds(material),
+        command=proposals.more_seeds(material),
         purpose="Repeat with other seeds",
         reading=(
             "The recording is cut into windows of time, and windows are drawn with replacement a thousand times; each "
