@@ -161,16 +161,6 @@ def test_reach_is_the_set_of_losses_that_depend_on_a_leaf() -> None:
     assert [masks[id(v)] for v in (a, b, c)] == [0b011, 0b011, 0b101]
 
 
-def test_reference_grams_agree_with_the_oracle() -> None:
-    torch.manual_seed(0)
-    model = Sequence().double()
-    losses = _losses(model, torch.randint(0, 11, (4, 6)))
-    layers = {"embed": list(model.embed.parameters()), "recur": list(model.recur.parameters())}
-    torch.testing.assert_close(
-        reference_grams(losses, layers), oracles.gram(losses, list(layers.values())), rtol=1e-12, atol=0
-    )
-
-
 class Spectrum(nn.Module):
     """A complex filter and a real weight in one layer."""
 

@@ -203,59 +203,6 @@ class Scales(nn.Module):
         return {t: head(z).squeeze(1) for t, head in self.heads.items()}
 
 
-@pytest.mark.parametrize("exact", [False, True])
-def test_micro_batches_give_the_gram_and_the_gradient_of_the_whole_batch(exact: bool) -> None:
-    """One micro-batch has no target for a task, so that what is shared differs between the graphs."""
-    torch.manual_seed(0)
-    model = Scales().double()
-    twins = [copy.deepcopy(model) for _ in range(2)]
-    whole, pieces, each = Probe(model), Probe(twins[0], exact=exact), Probe(twins[1])
-    for x in _batches(3, torch.float64):
-        parts = x.split(4)
-        losses = _losses(model(x), x)
-        without = [p for i, p in enumerate(parts) if i != 1]
-        losses["b"] = torch.stack([_losses(model(p), p)["b"] for p in without]).sum() / 4
-        losses["c"] = torch.stack([_losses(model(p), p)["c"] for p in without]).sum() / 4
-        whole.backward(losses)
-        for i, part in enumerate(parts):
-            losses = {t: v / 4 for t, v in _losses(twins[0](part), part).items() if i != 1 or t == "a"}
-            pieces.backward(losses, last=i == 3)
-            each.backward({t: v / 4 for t, v in _losses(twins[1](part), part).items()})
-    assert (whole.log.steps, pieces.log.steps, each.log.steps) == (3, 3, 12)
-    assert pieces.log.layers == whole.log.layers
-    torch.testing.assert_close(pieces.log.grams, whole.log.grams, rtol=1e-10, atol=1e-16)
-    for p, q in zip(model.parameters(), twins[0].parameters(), strict=True):
-        assert p.grad is not None
-        assert q.grad is not None
-        assert p.grad.is_sparse == q.grad.is_sparse
-        torch.testing.assert_close(q.grad.to_dense(), p.grad.to_dense(), rtol=1e-10, atol=1e-14)
-
-
-def test_micro_batches_belong_to_one_step_of_the_schedule_and_a_failure_ends_it() -> None:
-    torch.manual_seed(0)
-    model = Scales()
-    probe = Probe(model, every=2)
-    (x,) = _batches(1, torch.float32)
-    for _ in range(4):
-        for last in (False, False, True):
-            probe.backward(_losses(model(x), x), last=last)
-    assert probe.log.steps == 2
-    probe.backward(_losses(model(x), x), last=False)
-    with pytest.raises(ProbeError, match="expected a scalar"):
-        probe.backward(model(x))
-    probe.backward(_losses(model(x), x), last=True)  # the end of the step that has begun, which is measured
-    assert probe.log.steps == 3
-    probe.backward(_losses(model(x), x), last=True)  # not measured
-    probe.backward(_losses(model(x), x), last=False)
-    losses = _losses(model(x), x)
-    sum(losses.values()).backward()  # type: ignore[union-attr]
-    with pytest.raises(RuntimeError, match="second time"):
-        probe.backward(losses, last=True)
-    assert probe.log.steps == 3
-    with pytest.raises(ProbeError, match="pass `every` instead"):
-        Probe(model, overhead=0.1).backward(_losses(model(x), x), last=False)
-
-
 def test_gradients_accumulate_as_in_a_plain_loop() -> None:
     torch.manual_seed(0)
     model = Small().double().eval()
@@ -584,35 +531,6 @@ def test_infinite_gradients_are_reported_not_counted() -> None:
     probe.backward({"a": out.sum(), "b": out.sum() * float("inf")})
     with pytest.raises(ProbeError, match=r"task 'b' at layer '\(root\)' is not finite"):
         probe.log  # noqa: B018
-
-
-def test_record_jac_reads_what_torchjd_has_taken() -> None:
-    torchjd = pytest.importorskip("torchjd.autojac")
-    torch.manual_seed(0)
-    model = Small().double().eval()
-    probe, other, third = Probe(model), Probe(model), Probe(model, every=2)
-    for x in _batches(3, torch.float64):
-        losses = _losses(model(x), x)
-        probe.backward(losses)
-        model.zero_grad()
-        z = model.second(torch.relu(model.norm(model.first(x))))
-        losses = _losses({t: head(z).squeeze(1) for t, head in model.heads.items()}, x)
-        with pytest.raises(ProbeError, match=r"6 of 6 shared parameters have no `.jac` field: 'first.weight'"):
-            other.record_jac(losses)
-        if third.log.steps if probe.log.steps > 1 else 0:
-            torchjd.mtl_backward(list(losses.values()), features=z)
-        else:
-            torchjd.backward(list(losses.values()))
-        with pytest.raises(ProbeError, match=r"'first.weight' has \[3, 8, 5\], expected \[2, 8, 5\]"):
-            other.record_jac({t: losses[t] for t in "ab"})
-        other.record_jac(losses)
-        third.record_jac(losses)
-        for p in model.parameters():
-            vars(p).pop("jac", None)
-    log = other.log
-    assert (log.tasks, log.layers, log.sizes) == (probe.log.tasks, probe.log.layers, probe.log.sizes)
-    torch.testing.assert_close(log.grams, probe.log.grams, rtol=1e-10, atol=1e-14)
-    assert third.log.steps == 2
 
 
 def test_nothing_shared_is_an_error_not_an_empty_log() -> None:
