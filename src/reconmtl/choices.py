@@ -11,11 +11,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, cast
 
 from reconmtl.conflicts import check_severity
 from reconmtl.errors import DataError, ProblemError, ReconError, UnknownNameError, nearest
 from reconmtl.evaluation import Machine
+from reconmtl.loggers import Logger, Loggers, TensorBoard
 from reconmtl.problem import Problem
 from reconmtl.problems import READY
 from reconmtl.settings import BASES, METHODS, PLANS, Preset, Settings
@@ -64,11 +65,39 @@ def find_problem(spec: str) -> tuple[Callable[..., Problem], dict[str, Preset]]:
     if spec in READY:
         module = importlib.import_module(f"reconmtl.problems.{spec}")
         return module.make, module.PRESETS
-    source, colon, name = spec.rpartition(":")
-    if not colon:
+    if ":" not in spec:
         raise UnknownNameError(
             f"Unknown problem {spec!r}. {nearest(spec, READY)} Your own is file.py:function or package.module:function."
         )
+    module, function = _find(spec)
+    return function, getattr(module, "PRESETS", {})
+
+
+def find_logger(spec: str) -> Logger:
+    """Make a logger: "tensorboard", or what `file.py:Class` or `package.module:Class` makes without arguments.
+
+    Raises:
+        ReconError: If it does not exist, needs what is not installed, or is no logger.
+    """
+    if spec == "tensorboard":
+        return TensorBoard()
+    if ":" not in spec:
+        raise UnknownNameError(
+            f"Unknown logger {spec!r}. {nearest(spec, ['tensorboard'])} Your own is file.py:Class or "
+            "package.module:Class."
+        )
+    _, make = _find(spec)
+    try:
+        logger = make()
+    except TypeError as error:
+        raise UnknownNameError(f"The logger {spec} cannot be made without arguments: {error}.") from None
+    Loggers([logger])  # checks it
+    return cast("Logger", logger)
+
+
+def _find(spec: str) -> tuple[Any, Callable[..., Any]]:
+    """The module and the function of `file.py:function` or `package.module:function`."""
+    source, _, name = spec.rpartition(":")
     module = _import(source, spec)
     if not callable(getattr(module, name, None)):
         functions = [
@@ -77,7 +106,7 @@ def find_problem(spec: str) -> tuple[Callable[..., Problem], dict[str, Preset]]:
             if callable(v) and getattr(v, "__module__", None) == module.__name__ and not n.startswith("_")
         ]
         raise UnknownNameError(f"{source} has no function {name!r}. {nearest(name, functions)}")
-    return getattr(module, name), getattr(module, "PRESETS", {})
+    return module, getattr(module, name)
 
 
 def _import(source: str, spec: str) -> Any:  # noqa: ANN401 a module with unknown contents
@@ -297,6 +326,8 @@ def _faults(settings: Settings) -> list[str]:
         faults.append(f"record = {settings.record}: expected 0 (nothing) or m (one of m steps).")
     if settings.seeds is not None:
         faults += check_seeds(settings.seeds)
+    for name in settings.loggers:
+        faults += _message(partial(find_logger, name))
     return faults + _message(lambda: Machine(accelerator=settings.accelerator, precision=settings.precision).fabric())
 
 

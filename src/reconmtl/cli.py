@@ -15,7 +15,7 @@ import tyro
 
 from reconmtl.commands import COMMANDS
 from reconmtl.configuration import read_config
-from reconmtl.errors import ConfigError, ReconError, nearest
+from reconmtl.errors import ConfigError, Interrupted, ReconError, nearest
 from reconmtl.settings import File
 from reconmtl.version import __version__
 
@@ -62,9 +62,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ReconError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as asked:
         again = "the command" if words[:1] == ["sweep"] else "the command with --resume"
-        print(f"\nInterrupted. What is finished is kept: repeat {again}.", file=sys.stderr)
+        saved = asked.saved if isinstance(asked, Interrupted) else ""
+        print(f"\nInterrupted. {saved or f'What is finished is kept: repeat {again}.'}", file=sys.stderr)
         return EXIT_INTERRUPTED
     except SystemExit as done:  # the parser's way out, after it has said why
         return done.code if isinstance(done.code, int) else EXIT_BAD_INPUT

@@ -64,7 +64,7 @@ def _is_run(folder: Path) -> bool:
         config = read_json(folder / "config.json", RunError)
     except RunError:
         return False
-    return isinstance(config, dict) and "seed" in config and "method" in config
+    return isinstance(config, dict) and "seed" in config and config.get("method") not in (None, "probe")
 
 
 def _order(root: Path, folder: Path) -> tuple[Any, ...]:

@@ -124,7 +124,7 @@ def probe(options: ProbeSettings, faults: Faults) -> int:
         Job(decided, "probe", s, str(folder / n), accelerator=options.accelerator)
         for s, n in zip(decided.seeds, names, strict=True)
     ]
-    _do(options, [job for job in jobs if not job.finished])
+    _do(options, jobs)
     logs = [ConflictLog.load(folder / n) for n in names]
     log = logs[0].merge(logs[1:])
     if len(logs) > 1:
@@ -218,9 +218,18 @@ def fit(options: FitSettings, faults: Faults) -> int:
     folder = _folder(options, decided, options.method + (f"-{options.plan.stem}" if options.plan else ""))
     given = None if options.plan is None else str(options.plan)
     jobs = [
-        Job(decided, options.method, s, str(folder), plan=given, accelerator=options.accelerator) for s in decided.seeds
+        Job(
+            decided,
+            options.method,
+            s,
+            str(folder),
+            plan=given,
+            accelerator=options.accelerator,
+            loggers=options.loggers,
+        )
+        for s in decided.seeds
     ]
-    _do(options, jobs)  # a finished one says so itself, if its settings are the same
+    _do(options, jobs)
     problem = load_problem(decided)
     comparison = side_by_side([open_run(folder / f"seed{s}", problem) for s in decided.seeds])
     _show(options, {"folder": str(folder), **comparison.to_dict()}, f"{comparison}\n\nResults: {folder}")
@@ -250,13 +259,12 @@ def _folder(options: Any, decided: Decided, what: str) -> Path:  # noqa: ANN401
 
 
 def _do(options: Any, todo: Sequence[Any]) -> None:  # noqa: ANN401
-    """Do a command's jobs."""
+    """Do a command's jobs; one that is finished compares its settings and is read."""
     from reconmtl.workers import count, first_failure, here_or_processes, run_jobs
 
-    if not todo:
-        return
+    unfinished = sum(not job.finished for job in todo)
     at_once = (
-        1 if options.fast_dev_run and options.jobs is None else count(options.jobs, options.accelerator, len(todo))
+        1 if options.fast_dev_run and options.jobs is None else count(options.jobs, options.accelerator, unfinished)
     )
     with here_or_processes(at_once, "never" if options.quiet else options.progress) as workers:
         run_jobs(todo, workers, done=lambda _: None, failed=first_failure)

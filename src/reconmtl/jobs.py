@@ -9,7 +9,7 @@ from typing import cast
 import torch
 
 from reconmtl.checking import covering
-from reconmtl.choices import Decided, load_problem, split_method
+from reconmtl.choices import Decided, find_logger, load_problem, split_method
 from reconmtl.conflicts import ConflictLog
 from reconmtl.errors import ProblemError
 from reconmtl.evaluation import Machine
@@ -34,6 +34,7 @@ class Job:
         log: Folder of the log that the method's plan comes from; None if it needs none.
         plan: A given plan, as plain data.
         accelerator: As Lightning Fabric names them.
+        loggers: Names of loggers, see `find_logger`.
     """
 
     decided: Decided
@@ -43,6 +44,7 @@ class Job:
     log: str | None = None
     plan: str | None = None
     accelerator: str = "auto"
+    loggers: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         return f"{self.method} seed {self.seed}"
@@ -64,7 +66,7 @@ def do(job: Job) -> None:
     problem = load_problem(decided)
     machine = Machine(accelerator=job.accelerator, precision=decided.precision, max_batches=decided.max_batches)
     if job.method == "probe":
-        probe(problem, epochs=decided.probe_epochs, seed=job.seed, out=job.out, machine=machine)
+        probe(problem, epochs=decided.probe_epochs, seed=job.seed, out=job.out, resume=True, machine=machine)
         return
     base, by = split_method(job.method)
     plan = None if job.plan is None else Plan.load(job.plan)
@@ -81,6 +83,7 @@ def do(job: Job) -> None:
         out=job.out,
         resume=True,
         machine=machine,
+        loggers=[find_logger(name) for name in job.loggers],
     )
 
 

@@ -6,7 +6,7 @@ import json
 import math
 import os
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +20,7 @@ from reconmtl.errors import Interrupted, ProblemError, ReconError, RunError
 from reconmtl.evaluation import Machine, evaluate
 from reconmtl.forward import Forward, draw
 from reconmtl.interruptions import leave_if_asked
+from reconmtl.loggers import Loggers
 from reconmtl.plan import Plan
 from reconmtl.probing import Probe
 from reconmtl.problem import Problem
@@ -72,6 +73,7 @@ class Job:
         metrics: File that gets a line per epoch.
         begin: Where this training's lines begin in that file, in bytes.
         checkpoint: File from which it goes on and to which it saves; None keeps nothing.
+        loggers: Are told each line of the metrics file.
     """
 
     problem: Problem
@@ -86,6 +88,7 @@ class Job:
     metrics: Path | None = None
     begin: int = 0
     checkpoint: Path | None = None
+    loggers: Loggers = field(default_factory=lambda: Loggers(()))
 
 
 def train(job: Job) -> Trained:
@@ -168,7 +171,9 @@ class _Training:
                     )
                 progress.set_postfix_str(f"epoch {self.epoch}/{self.epochs}, loss {mean:.3f}")
                 try:
-                    self._write(self._evaluated(mean))
+                    entry = self._evaluated(mean)
+                    self._write(entry)
+                    job.loggers.log(entry)
                 except Interrupted as asked:
                     self._leave(asked)
                 self.schedule.step()

@@ -17,7 +17,7 @@ from reconmtl.problem import Problem
 from reconmtl.ranking import Ranking
 from reconmtl.reporting.tables import summary
 from reconmtl.runs import Run, environment, new_folder
-from reconmtl.settings import Settings
+from reconmtl.settings import Settings, SweepSettings
 from reconmtl.train import open_run
 from reconmtl.workers import count, first_failure, here_or_processes, run_jobs
 
@@ -51,7 +51,7 @@ def run_study(settings: Settings, *, faults: Sequence[str] = ()) -> Study:
     decided = decide(settings, faults=faults)
     rehearse(decided)
     folder = new_folder(settings.out or default_folder(decided), resume=settings.resume, overwrite=settings.overwrite)
-    jobs = study_jobs(decided, folder, settings.accelerator)
+    jobs = study_jobs(decided, folder, settings)
     alone = settings.jobs is None and decided.max_batches is not None  # a process takes longer to start than that
     side_by_side = 1 if alone else count(settings.jobs, settings.accelerator, len(jobs))
     with here_or_processes(side_by_side, "never" if settings.quiet else settings.progress) as workers:
@@ -59,7 +59,7 @@ def run_study(settings: Settings, *, faults: Sequence[str] = ()) -> Study:
     return conclude(folder, decided)
 
 
-def study_jobs(decided: Decided, folder: Path, accelerator: str) -> list[Job]:
+def study_jobs(decided: Decided, folder: Path, settings: Settings | SweepSettings) -> list[Job]:
     """Prepare a study's folder, and list what is not finished in it.
 
     Raises:
@@ -69,9 +69,17 @@ def study_jobs(decided: Decided, folder: Path, accelerator: str) -> list[Job]:
     log = folder / "log"
 
     def job(method: str, seed: int) -> Job:
-        needs = str(log) if method == "probe" or split_method(method)[1] else None
-        out = log if method == "probe" else folder / method
-        return Job(decided, method, seed, str(out), None if method == "probe" else needs, accelerator=accelerator)
+        probes = method == "probe"
+        needs = None if probes or not split_method(method)[1] else str(log)
+        return Job(
+            decided,
+            method,
+            seed,
+            str(log if probes else folder / method),
+            needs,
+            accelerator=settings.accelerator,
+            loggers=settings.loggers,
+        )
 
     # Single-task training needs no plan, so it fills the other cores while the probe runs; the shortest come last.
     order = {"single": 0, "joint": 2}

@@ -85,7 +85,7 @@ def run_sweep(settings: SweepSettings, *, faults: Sequence[str] = ()) -> Sweep:
     # Written first: it makes the folder one of ours, which may be continued or overwritten.
     write_json(folder / "config.json", {"format": FORMAT, "problem": list(studies), "norm_stats": settings.norm_stats})
     homes = {p: folder / default_folder(d).name for p, d in studies.items()}
-    jobs = [job for p, d in studies.items() for job in study_jobs(d, homes[p], settings.accelerator)]
+    jobs = [job for p, d in studies.items() for job in study_jobs(d, homes[p], settings)]
     jobs.sort(key=lambda job: job.method != "probe")  # what others wait for comes first
     failures: list[Failure] = []
 

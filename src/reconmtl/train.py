@@ -17,6 +17,7 @@ from reconmtl.errors import ProblemError, ReconError, RunError, nearest
 from reconmtl.evaluation import Machine
 from reconmtl.files import read_json, write_json
 from reconmtl.interruptions import asked_politely
+from reconmtl.loggers import Logger, Loggers
 from reconmtl.loop import Job, NormStats, Trained, train
 from reconmtl.plan import Plan
 from reconmtl.problem import Problem
@@ -154,6 +155,7 @@ def fit(
     resume: bool = False,
     overwrite: bool = False,
     machine: Machine | None = None,
+    loggers: Sequence[Logger] = (),
     **recipe_overrides: Any,  # noqa: ANN401 fields of Recipe
 ) -> list[Run]:
     """Train a method from scratch, once per seed, and judge the last model on the test set.
@@ -171,6 +173,7 @@ def fit(
             ends as if it had not been stopped.
         overwrite: Replace what is in `out`.
         machine: Where and how it runs.
+        loggers: Where metrics go beside `metrics.jsonl`, see `reconmtl.loggers`.
         **recipe_overrides: Fields of the recipe to change.
 
     Returns:
@@ -184,7 +187,7 @@ def fit(
     """
     problem = _overridden(problem, recipe_overrides)
     _check_arguments(problem, method, plan, balancer, record, seeds, norm_stats)
-    asked = _Asked(problem, method, plan, int(record), norm_stats, machine or Machine())
+    asked = _Asked(problem, method, plan, int(record), norm_stats, machine or Machine(), Loggers(loggers))
     folder = None if out is None else Path(out)
     return [_fit_seed(asked, seed, folder, resume, overwrite) for seed in seeds]
 
@@ -241,6 +244,7 @@ class _Asked:
     record: int
     norm_stats: NormStats
     machine: Machine
+    loggers: Loggers
 
     def config(self, seed: int) -> dict[str, Any]:
         """Everything that was chosen, as plain JSON data."""
@@ -282,9 +286,14 @@ def _fit_seed(asked: _Asked, seed: int, out: Path | None, resume: bool, overwrit
         norm_stats=asked.norm_stats,
         metrics=None if folder is None else folder / "metrics.jsonl",
         checkpoint=None if folder is None else folder / "last.ckpt",
+        loggers=asked.loggers,
     )
-    with nullcontext() if folder is None else asked_politely():
-        trained = _singles(job) if asked.method == "single" else train(job)
+    asked.loggers.start(job.description, config, folder)
+    try:
+        with nullcontext() if folder is None else asked_politely():
+            trained = _singles(job) if asked.method == "single" else train(job)
+    finally:
+        asked.loggers.close()
     network = trained.model
     if isinstance(network, SingleTasks):
         network = next(iter(network.networks.values()))

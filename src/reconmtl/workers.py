@@ -25,6 +25,9 @@ from reconmtl.jobs import Job, do
 GRACE = 60.0
 """Seconds that an interrupted training may take to write its checkpoint."""
 
+STOPPED = 128 + signal.SIGTERM
+"""Exit code of a process whose training was asked to stop and has saved its state."""
+
 
 class Workers(Protocol):
     """Where jobs run: so many at once."""
@@ -181,29 +184,16 @@ class Processes:
                 worker.kill()
 
 
-_busy = False
-
-
 def _perform(job: Job) -> None:
-    global _busy
-    _busy = True
     try:
         do(job)
     except KeyboardInterrupt:
-        os._exit(143)  # the checkpoint is written; nobody waits for an answer
-    finally:
-        _busy = False
-
-
-def _asked_to_stop(number: int, frame: Any) -> None:  # noqa: ANN401, ARG001 of the signal module
-    if not _busy:
-        os._exit(143)
-    raise KeyboardInterrupt
+        os._exit(STOPPED)  # the state is saved; nobody waits for an answer
 
 
 def _start(mode: progress.Mode, lock: Any, slot: int, threads: int) -> None:  # noqa: ANN401 of multiprocessing
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process of a terminal; the parent ends us
-    signal.signal(signal.SIGTERM, _asked_to_stop)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # while it trains, a training saves its state before it leaves
     threading.Thread(target=_follow, daemon=True).start()
     if torch.cuda.device_count() > 1:  # asks the driver only; a context is made later, on the one GPU that is left
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(torch.cuda.device_count())))).split(

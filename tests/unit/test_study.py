@@ -62,7 +62,8 @@ def test_resume_keeps_what_is_finished_and_does_the_rest(tmp_path: Path) -> None
     first = run_study(settings)
     with pytest.raises(RunError, match=r"--resume.*--overwrite"):
         run_study(settings)
-    (out / "recon" / "seed0" / "result.json").unlink()  # as if it had been interrupted there
+    for name in ("result.json", "last.ckpt"):  # as if it had been interrupted before
+        (out / "recon" / "seed0" / name).unlink()
     stamps = {p: p.stat().st_mtime_ns for p in (out / "joint").rglob("*") if p.is_file()}
     log = (out / "log" / "log.json").stat().st_mtime_ns
     again = run_study(replace(settings, resume=True))

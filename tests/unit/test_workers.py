@@ -1,7 +1,7 @@
 """Jobs in processes: what waits for what, what a failure leaves alone, and that nothing is left behind."""
 
 import os
-import signal
+import time
 from collections.abc import Iterator
 from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
@@ -17,7 +17,17 @@ from reconmtl.choices import decide
 from reconmtl.errors import ReconError, RunError
 from reconmtl.jobs import Job
 from reconmtl.settings import Settings
-from reconmtl.workers import Here, closing, count, first_failure, here_or_processes, run_jobs, sentence
+from reconmtl.workers import (
+    STOPPED,
+    Here,
+    Processes,
+    closing,
+    count,
+    first_failure,
+    here_or_processes,
+    run_jobs,
+    sentence,
+)
 
 
 @pytest.fixture
@@ -154,8 +164,22 @@ def test_a_killed_process_is_replaced_and_an_interrupt_leaves_none(
         assert failures["killed"] == "the process was killed, most likely for want of memory"
         found.submit(0, job("slow"))
         while not list(tmp_path.glob("[0-9]*")):
-            signal.sigtimedwait([], 0.05)
+            time.sleep(0.05)
         raise KeyboardInterrupt
+
+
+def test_a_training_that_is_told_to_stop_saves_its_state_first(decided: Any, tmp_path: Path) -> None:
+    endless = replace(decided, epochs=10**6)
+    job = Job(endless, "joint", 0, str(tmp_path / "joint"), accelerator="cpu")
+    with pytest.raises(KeyboardInterrupt), here_or_processes(1, "never", apart=True) as found:
+        assert isinstance(found, Processes)
+        found.submit(0, job)
+        while not (tmp_path / "joint" / "seed0" / "metrics.jsonl").exists():
+            time.sleep(0.05)
+        (process,) = (w for pool in found._pools.values() for w in (pool._processes or {}).values())
+        raise KeyboardInterrupt
+    assert process.exitcode == STOPPED and not job.finished  # it left by itself, between two steps
+    assert (tmp_path / "joint" / "seed0" / "last.ckpt").exists()
 
 
 def test_workers_are_closed_once_and_as_the_work_ended() -> None:
