@@ -11,6 +11,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from reconmtl.errors import ProbeError, UnknownNameError, missing_extra, nearest
@@ -49,7 +50,8 @@ class ProbeCallback(_base()):  # type: ignore[misc]  # its base is known at run 
         shared: Names or globs of shared layers, only needed where compiled regions hide the graph.
 
     Raises:
-        ProbeError: When the training starts: if optimisation is automatic, or runs in several processes.
+        ProbeError: When the training starts: if optimisation is automatic, or several processes train by other means
+            than DDP.
     """
 
     def __init__(
@@ -88,11 +90,16 @@ class ProbeCallback(_base()):  # type: ignore[misc]  # its base is known at run 
                 "With automatic optimisation Lightning sees one loss, not one per task: set "
                 "`self.automatic_optimization = False` and call `callback.backward(losses)` in `training_step`."
             )
+        group: Any = False
         if trainer.world_size > 1:
-            raise ProbeError(
-                f"This training runs in {trainer.world_size} processes, where a probe would see local gradients only: "
-                "probe with `Trainer(devices=1)`."
-            )
+            kinds = [kind.__name__ for kind in type(trainer.strategy).__mro__]
+            if "DDPStrategy" not in kinds:
+                raise ProbeError(
+                    f"This training runs in {trainer.world_size} processes by {kinds[0]}, where a probe would see "
+                    'local gradients only: probe with `Trainer(strategy="ddp")` or `Trainer(devices=1)`.'
+                )
+            # Under manual optimisation Lightning averages in `manual_backward` only, so the probe averages all steps.
+            group = torch.distributed.group.WORLD
         model = pl_module
         if self.module is not None:
             names = [name for name, _ in pl_module.named_modules() if name]
@@ -100,14 +107,14 @@ class ProbeCallback(_base()):  # type: ignore[misc]  # its base is known at run 
                 raise UnknownNameError(f"There is no submodule {self.module!r}. {nearest(self.module, names)}")
             model = pl_module.get_submodule(self.module)
         self._scaler = getattr(trainer.precision_plugin, "scaler", None)
-        self._probe = Probe(model, **self._options)
+        self._probe = Probe(model, group=group, **self._options)
         if self._state:
             self._probe.load_state_dict(self._state)
             self._state = {}
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:  # noqa: ANN401, ARG002 of either package
-        """Write the log."""
-        if self.out is not None:
+        """Write the log, in one process."""
+        if self.out is not None and trainer.is_global_zero:
             self.probe.log.save(self.out)
 
     def state_dict(self) -> dict[str, Any]:

@@ -103,13 +103,14 @@ def test_what_cannot_be_probed_is_refused_before_training() -> None:
     from reconmtl.lightning import ProbeCallback
 
     def start(world_size: int, net: nn.Module, **options: Any) -> None:
-        trainer = SimpleNamespace(world_size=world_size, precision_plugin=SimpleNamespace())
+        plain = SimpleNamespace()
+        trainer = SimpleNamespace(world_size=world_size, precision_plugin=plain, strategy=plain)
         ProbeCallback(**options).on_fit_start(trainer, net)
 
     start(1, Net(automatic=False), module="net")
     with pytest.raises(ProbeError, match="automatic_optimization = False"):
         start(1, Net(automatic=True))
-    with pytest.raises(ProbeError, match="4 processes"):
+    with pytest.raises(ProbeError, match="4 processes by SimpleNamespace"):
         start(4, Net(automatic=False))
     with pytest.raises(UnknownNameError, match="Nearest: 'net'"):
         start(1, Net(automatic=False), module="nets")
