@@ -262,32 +262,3 @@ class Saliency(Metric):
         iou, precision, recall = self.sums / self.count
         each: Tensor = iou if self.kind == "mIoU" else 2 * precision * recall / (precision + recall).clamp(min=1e-12)
         return 100 * each.max()
-
-
-def accuracy(output: Tensor, target: Tensor) -> Tensor:
-    """Per sample, 100 where the largest logit is the target's, else 0: its mean is the accuracy in percent. [N]."""
-    return (output.argmax(1) == target).float() * 100
-
-
-def classification_error(output: Tensor, target: Tensor) -> Tensor:
-    """Per sample, 0 where the largest logit is the target's, else 100: its mean is the error in percent. [N]."""
-    return 100 - accuracy(output, target)
-
-
-def absolute_error(output: Tensor, target: Tensor) -> Tensor:
-    """Absolute error per sample, averaged over whatever numbers a sample has. [N]."""
-    return (
-        (output - target.reshape(output.shape)).abs().flatten(1).mean(1) if output.ndim > 1 else (output - target).abs()
-    )
-
-
-__all__ = [
-    "DepthError",
-    "MeanIoU",
-    "NormalError",
-    "PixelAccuracy",
-    "Saliency",
-    "absolute_error",
-    "accuracy",
-    "classification_error",
-]

@@ -18,9 +18,6 @@ from reconmtl.metrics import (
     NormalError,
     PixelAccuracy,
     Saliency,
-    absolute_error,
-    accuracy,
-    classification_error,
 )
 
 N, H, W, CLASSES = 7, 6, 5, 4
@@ -256,14 +253,6 @@ def test_the_published_mask_drops_genuine_normals_whose_components_cancel() -> N
     marked = torch.cat([target, torch.full((1, 3, 1, 1), 255.0)], 3)
     more = output[..., :1].expand(1, 3, 1, 3)
     assert run(partial(NormalError, ignore=255.0), more, marked, [1]) == pytest.approx(45.0)
-
-
-def test_values_per_sample() -> None:
-    logits, target = torch.tensor([[2.0, 1.0], [0.0, 3.0], [1.0, 0.0]]), torch.tensor([0, 0, 1])
-    assert accuracy(logits, target).tolist() == [100.0, 0.0, 0.0]
-    assert classification_error(logits, target).tolist() == [0.0, 100.0, 100.0]
-    assert absolute_error(torch.tensor([1.0, 5.0]), torch.tensor([2.0, 3.0])).tolist() == [1.0, 2.0]
-    assert absolute_error(torch.tensor([[1.0], [5.0]]), torch.tensor([2.0, 3.0])).tolist() == [1.0, 2.0]
 
 
 def test_unknown_kinds_are_refused() -> None:

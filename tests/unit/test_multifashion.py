@@ -43,11 +43,6 @@ def test_the_demonstration_says_how_much_smaller_it_is() -> None:
     assert "a tenth of the data" in demo.note and len(load_mini()[0]) * 10 == 120_000
 
 
-def test_accuracy_is_in_percent_per_sample() -> None:
-    logits = torch.tensor([[0.0, 2.0, 1.0], [3.0, 0.0, 1.0], [0.0, 0.0, 1.0]])
-    assert multifashion.accuracy(logits, torch.tensor([1, 2, 2])).tolist() == [100, 0, 100]
-
-
 def test_data_is_the_mini_set_the_full_set_or_a_published_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     mini = multifashion.make(width=4)
     assert mini.fingerprint() == multifashion.make(width=8, data="mini").fingerprint()

@@ -6,10 +6,10 @@ Reference: Lin et al., Pareto Multi-Task Learning, NeurIPS 2019 (data); Shi et a
 from functools import partial
 from pathlib import Path
 
-from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from reconmtl.errors import DataError, nearest
+from reconmtl.measures import accuracy
 from reconmtl.networks import resnet
 from reconmtl.problem import Metric, Problem, Recipe, Task
 from reconmtl.problems.multifashion_data import load_full, load_mini, load_published
@@ -43,11 +43,6 @@ PRESETS = {
         note="The paper's scale (its Table 1: n = 3).",
     ),
 }
-
-
-def accuracy(output: Tensor, target: Tensor) -> Tensor:
-    """Per sample, 100 where the largest logit is the target's, else 0: its mean is the accuracy in percent. [N]."""
-    return (output.argmax(1) == target).float() * 100
 
 
 def make(*, width: int = 64, data: str = "mini") -> Problem:
