@@ -33,7 +33,7 @@ __all__ = [
     "reach",
 ]
 
-MEMORY = 96 * 2**20
+MEMORY = 48 * 2**20
 """Bytes that task gradients may take at once. Where those of all shared layers take more, they are taken in stages; a
 single layer is never divided, so tasks x (the largest layer) is needed in any case."""
 

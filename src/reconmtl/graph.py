@@ -219,12 +219,17 @@ class Shared:
                 self.heads.append(tuple(GradientEdge(n, k) for n, k in sorted(entries[i], key=lambda e: e[1])))
         self.whole = whole
 
-    def stages(self, cost: Callable[[Node], int], limit: float) -> list[Stage]:
+    def stages(
+        self, cost: Callable[[Node], int], limit: float, boundary: Callable[[Node], int] = lambda _: 0
+    ) -> list[Stage]:
         """Cut the shared part so that what the wanted nodes of a stage cost stays within a limit where it can.
 
         Args:
             cost: Of keeping the gradients of all tasks at a wanted node.
-            limit: Largest sum per stage; a single node that costs more makes a stage of its own at best.
+            limit: Largest sum per stage; a single node that costs more makes a stage of its own at best. With 0 the
+                graph is cut wherever it can be.
+            boundary: Cost of carrying the gradients of all tasks across a cut behind a node. A cut that costs more than
+                the limit, and more than it frees, is not made.
         """
         every = [n for n in self.graph.order if n in self.wanted and many(self.graph.masks[n])]
         if sum(map(cost, every)) <= limit:
@@ -233,6 +238,7 @@ class Shared:
         where: dict[Node, int] = {}
         blocked = [0] * (n + 1)  # cut p separates positions < p from positions >= p
         crossing = [0] * (n + 1)
+        carried = [0] * (n + 1)
         uncut = [head is None for head in self.heads]
         for node, uses in self.graph.uses.items():
             if node not in self.needed or not many(self.graph.masks[node]):
@@ -249,18 +255,22 @@ class Shared:
                 continue
             spans = blocked if leaf else crossing
             last = max(at) if leaf else self.position[node]
+            size = 0 if leaf or not limit else boundary(node)
             spans[min(at) + 1] += 1
+            carried[min(at) + 1] += size
             if last + 1 <= n:
                 spans[last + 1] -= 1
+                carried[last + 1] -= size
         costs = [0] * n
         for node, p in where.items():
             costs[p] += cost(node)
         cuts, total, best, inside, over = [0], 0, 0, 0, 0
-        since_best = 0
+        since_best = across = 0
         for p in range(n):
             inside += crossing[p]
             over += blocked[p]
-            if p > cuts[-1] and inside <= 1 and over == 0:
+            across += carried[p]
+            if p > cuts[-1] and inside <= 1 and over == 0 and across <= max(limit, total):
                 best, since_best = p, 0
             if costs[p] and total + costs[p] > limit and total > since_best:  # something lies before the cut
                 cuts.append(best)

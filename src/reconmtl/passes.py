@@ -7,6 +7,7 @@ task gradients that is the update; the stage's memory serves the next.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby, pairwise
@@ -107,11 +108,15 @@ class _Part:
     grads: list[Tensor] = field(init=False)  # per site [tasks, outputs, N]
     inputs: list[Tensor] = field(init=False)  # per site the layer's input
 
+    def sizes(self, layout: Layout) -> list[int]:
+        """Floats of the rows, and of the gradients at each site."""
+        tasks = len(layout.tasks)
+        rows = tasks * sum(real_numel(layout.shared[j][1]) for j in self.flat)
+        return [rows, *(tasks * s.shape.outputs * s.shape.positions for _, _, s in self.sites)]
+
     def place(self, layout: Layout, space: Callable[[int], Tensor]) -> None:
         """Lay the stage's gradients out in one buffer."""
-        tasks = len(layout.tasks)
-        sizes = [tasks * sum(real_numel(layout.shared[j][1]) for j in self.flat)]
-        sizes += [tasks * s.shape.outputs * s.shape.positions for _, _, s in self.sites]
+        tasks, sizes = len(layout.tasks), self.sizes(layout)
         self.inputs = [s.saved() for _, _, s in self.sites]
         first, *rest = space(sum(sizes)).split(sizes)
         self.rows = first.view(tasks, -1) if sizes[0] else first.new_empty(tasks, 0)
@@ -159,16 +164,23 @@ class Sweep:
         if self.whole:  # the graph cannot be read: one stage with everything in it, from the losses down
             stage = Stage(frozenset(), (), ())
             return [_Part(stage, list(range(len(self.layout.shared))), [])]
-        tasks, itemsize = len(self.losses), self.layout.dtype.itemsize
+        layout, tasks, itemsize = self.layout, len(self.losses), self.layout.dtype.itemsize
 
         def cost(node: Node) -> int:
             if node in self.at:
-                site = self.at[node][2]
-                return tasks * site.shape.outputs * site.shape.positions * itemsize
-            return tasks * real_numel(self.layout.shared[self.flat[node]][1]) * itemsize
+                j, _, site = self.at[node]
+                held = tasks * site.shape.outputs * site.shape.positions
+                if (layout.shared[j][0], tasks) not in self.trusted:
+                    held += 2 * site.shape.outputs * site.shape.fan_in  # explicit gradients of two tasks, see `_trial`
+                return held * itemsize
+            return tasks * real_numel(layout.shared[self.flat[node]][1]) * itemsize
+
+        def boundary(node: Node) -> int:
+            sizes: list[int] = [math.prod(m.shape) for m in node._input_metadata]
+            return tasks * itemsize * sum(sizes)
 
         parts = []
-        for stage in self.shared.stages(cost, memory):
+        for stage in self.shared.stages(cost, memory, boundary):
             flat = sorted(self.flat[n] for n in stage.wanted if n in self.flat)
             parts.append(_Part(stage, flat, [self.at[n] for n in stage.wanted if n in self.at]))
         return parts
@@ -181,6 +193,9 @@ class Sweep:
         gram = torch.zeros((len(layout.segments), n, n), dtype=layout.dtype, device=layout.device)
         total = torch.empty(layout.width, dtype=layout.dtype, device=layout.device)
         taken: set[int] = set()
+        self.space(
+            max((sum(part.sizes(layout)) for part in self.parts), default=0)
+        )  # once: growing it would scatter it
         for part in self.parts:
             self.fill(part)
             taken |= {*part.flat, *(j for site in part.sites for j in site[:2] if j is not None)}
