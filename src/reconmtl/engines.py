@@ -9,7 +9,7 @@ layers on vectors.
 Input and geometry are read from what autograd itself saved for the layer's backward node. That needs nothing at forward
 time, and every guard follows from the graph: the weight must be a leaf that this one node uses; a saved input that was
 changed in place raises autograd's own error; values that saved-tensor hooks have packed (activation checkpointing,
-offloading) are left alone. A layer that does not qualify is measured by `flat`, and `explain` says why.
+offloading) are left alone. A layer that does not qualify is measured by `flat`, and `Probe.engines` says why.
 """
 
 from __future__ import annotations
