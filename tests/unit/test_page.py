@@ -4,21 +4,24 @@ import base64
 import dataclasses
 import hashlib
 import json
+import random
 import re
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+import torch
 
 import reconmtl as rm
+from reconmtl.conflicts import ConflictLog
 from reconmtl.errors import RunError
 from reconmtl.plan import Plan
 from reconmtl.reporting import report
 from reconmtl.reporting.material import gather
-from reconmtl.reporting.page import sections
+from reconmtl.reporting.page import page, sections
 from reconmtl.reporting.windows import Windows
 from reconmtl.runs import Run
-from studies import conflict_log, network_names, write_study
+from studies import conflict_log, material, network_names, write_study
 
 KEYS = ["comparison", "plan", "conflicts", "scores", "cosines", "training", "stability"]
 EVIL = ["<script>alert(1)</script>", '" onload="alert(2)', "</script><img src=x onerror=alert(3)>", "a&b'c\u202e\x07"]
@@ -63,13 +66,13 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_study_gives_every_part_with_a_conclusion_and_a_command(study: Path, tmp_path: Path) -> None:
     assert rm.report(study, to=tmp_path / "r.html") == tmp_path / "r.html"
-    page = Page(tmp_path / "r.html")
-    assert [i for i in page.ids() if i in KEYS] == KEYS and {"reading", "reproduce"} <= set(page.ids())
-    assert page.conclusions() == len(KEYS)
-    assert page.text.count("reconmtl run made.py:up") == len(KEYS) + 1  # the last is how the runs were made
-    assert f"reconmtl report {study} --to r.html" in page.text
-    assert "4 of 12 shared layers are split" in page.text
-    assert "The largest gain is that of joint w/ Recon" in page.text
+    seen = Page(tmp_path / "r.html")
+    assert [i for i in seen.ids() if i in KEYS] == KEYS and {"reading", "reproduce"} <= set(seen.ids())
+    assert seen.conclusions() == len(KEYS)
+    assert seen.text.count("reconmtl run made.py:up") == len(KEYS) + 1  # the last is how the runs were made
+    assert f"reconmtl report {study} --to r.html" in seen.text
+    assert "4 of 12 shared layers are split" in seen.text
+    assert "The largest gain is that of joint w/ Recon" in seen.text
     material = gather(study)
     assert material.log is not None
     for part in sections(material, Windows.of(material.log, severity=material.severity)):
@@ -79,12 +82,12 @@ def test_a_study_gives_every_part_with_a_conclusion_and_a_command(study: Path, t
 def test_the_page_asks_for_nothing_outside_itself(study: Path, tmp_path: Path) -> None:
     text = report(study, to=tmp_path / "r.html").read_text(encoding="utf-8")
     assert not re.search(r"https?:|//[a-z]|@import|url\(|<link|<iframe|<img", text.replace("// ", ""), re.IGNORECASE)
-    page = Page(tmp_path / "r.html")
+    seen = Page(tmp_path / "r.html")
     assert not any(
-        name in ("src", "href") and not str(v).startswith("#") for _, a in page.tags for name, v in a.items()
+        name in ("src", "href") and not str(v).startswith("#") for _, a in seen.tags for name, v in a.items()
     )
-    policy = next(a["content"] for t, a in page.tags if t == "meta" and a.get("http-equiv"))
-    program = page.scripts[-1]
+    policy = next(a["content"] for t, a in seen.tags if t == "meta" and a.get("http-equiv"))
+    program = seen.scripts[-1]
     assert policy is not None and "default-src 'none'" in policy
     assert base64.b64encode(hashlib.sha256(program.encode()).digest()).decode() in policy
 
@@ -101,26 +104,26 @@ def test_names_cannot_become_markup(tmp_path: Path) -> None:
     config["problem"] = EVIL[0]
     (tmp_path / "s" / "config.json").write_text(json.dumps(config))
     runs = [dataclasses.replace(r, label=f"{r.label} {EVIL[2]}") for r in gather(tmp_path / "s").runs]
-    page = Page(report(runs, to=tmp_path / "r.html"))
-    assert [t for t, _ in page.tags if t in ("img", "b1", "iframe")] == []
-    assert [a.get("type") for t, a in page.tags if t == "script"] == ["application/json", None]
-    assert not any(name.startswith("on") for _, a in page.tags for name in a)
-    data = json.loads(page.scripts[0])
+    seen = Page(report(runs, to=tmp_path / "r.html"))
+    assert [t for t, _ in seen.tags if t in ("img", "b1", "iframe")] == []
+    assert [a.get("type") for t, a in seen.tags if t == "script"] == ["application/json", None]
+    assert not any(name.startswith("on") for _, a in seen.tags for name in a)
+    data = json.loads(seen.scripts[0])
     assert data["layers"] == EVIL and data["tasks"] == tasks  # names with few tasks keep their order
-    assert EVIL[0] in page.text and "<b>bold</b>" in page.text
-    assert "\u202e" not in page.text and "\x07" not in page.text
+    assert EVIL[0] in seen.text and "<b>bold</b>" in seen.text
+    assert "\u202e" not in seen.text and "\x07" not in seen.text
 
 
 def test_a_log_alone_and_a_run_in_memory_leave_sentences_for_what_is_missing(study: Path, tmp_path: Path) -> None:
-    page = Page(report(study / "log", to=tmp_path / "log.html"))
-    assert page.conclusions() == len(KEYS)
+    seen = Page(report(study / "log", to=tmp_path / "log.html"))
+    assert seen.conclusions() == len(KEYS)
     for said in (
         "There is no comparison. No finished run was given",
         "No plan was found",
         "no cosines before and after",
     ):
-        assert said in page.text
-    assert "no evaluations over training, because no finished run was given" in page.text
+        assert said in seen.text
+    assert "no evaluations over training, because no finished run was given" in seen.text
     run = Run(
         method="joint",
         label="joint",
@@ -190,3 +193,34 @@ def test_faults_are_found_before_anything_is_written(study: Path, tmp_path: Path
     with pytest.raises(RunError, match=r"is a folder; give a file .*report\.html"):
         report(study, to=tmp_path)
     assert not (tmp_path / "r.html").exists()
+
+
+@pytest.mark.slow
+def test_any_log_and_any_plan_give_a_page_without_a_word_that_is_no_number() -> None:
+    for seed in range(300):
+        draw, generator = random.Random(seed), torch.Generator().manual_seed(seed)
+        tasks = [f"t{k}" for k in range(draw.choice([1, 2, 2, 3, 5, 9, 12]))]
+        layers = [f"l{k}" for k in range(draw.choice([0, 1, 2, 7]))]
+        gradients = torch.randn(draw.choice([0, 1, 2, 5, 40]), len(layers), len(tasks), 4, generator=generator)
+        rows, columns = torch.triu_indices(len(tasks), len(tasks))
+        grams = (gradients @ gradients.transpose(-1, -2))[:, :, rows, columns]
+        missing = torch.rand(grams.shape, generator=generator) < 0.3
+        kinds = (
+            grams,
+            grams.new_full(grams.shape, torch.nan),
+            grams * 0,
+            grams.where(~missing, torch.nan),
+            grams * 0 + 1,
+        )
+        sizes, types = dict.fromkeys(layers, draw.choice([0, 3])), dict.fromkeys(layers, "X")
+        log = ConflictLog(draw.choice(kinds), tasks=tasks, layers=layers, sizes=sizes, types=types)
+        if draw.random() < 0.3 and log.steps and len(tasks) > 1:
+            log = log.counted()
+        plan = None
+        if draw.random() < 0.6:
+            groups = [tasks] if draw.random() < 0.2 else [[t] for t in tasks]
+            plan = Plan(tasks=tasks, layers=dict.fromkeys([*layers, "elsewhere"][: draw.randint(1, 3)], groups))
+        severity = draw.choice([-0.1, 0.0, -0.1234])
+        text = page(material(log, plan, severity), Windows.of(log, severity=severity))
+        body = re.sub(r"<script.*?</script>|<style>.*?</style>", "", text, flags=re.DOTALL)
+        assert not re.search(r"(?<![a-z])(nan|inf)(?![a-z])", body, re.IGNORECASE), seed

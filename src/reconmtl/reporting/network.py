@@ -97,9 +97,10 @@ class Drawing:
         extra = sum((r.parameters or 0) * (len(r.groups or ()) - 1) for r in split)
         found, conflicts = (sum(r.conflicts or 0 for r in rows) for rows in (split, self.rows))
         holds = f", which hold {percent(found / conflicts)} of all conflicts" if conflicts else ""
+        part = percent(own / all_ if all_ else math.nan)
         return (
-            f"{len(split)} of {plural(total, 'shared layer')} {verb} split{holds} and {percent(own / all_)} of the "
-            f"shared parameters; the copies add {plural(extra, 'parameter')} ({extra * 4 / 2**20:,.3f} MB)."
+            f"{len(split)} of {plural(total, 'shared layer')} {verb} split{holds} and {part} of the shared parameters; the "
+            f"copies add {plural(extra, 'parameter')} ({extra * 4 / 2**20:,.3f} MB)."
         )
 
     def html(self) -> Html:
