@@ -99,8 +99,8 @@ class Drawing:
         holds = f", which hold {percent(found / conflicts)} of all conflicts" if conflicts else ""
         part = percent(own / all_ if all_ else math.nan)
         return (
-            f"{len(split)} of {plural(total, 'shared layer')} {verb} split{holds} and {part} of the shared parameters; the "
-            f"copies add {plural(extra, 'parameter')} ({extra * 4 / 2**20:,.3f} MB)."
+            f"{len(split)} of {plural(total, 'shared layer')} {verb} split{holds} and {part} of the shared parameters; "
+            f"the copies add {plural(extra, 'parameter')} ({extra * 4 / 2**20:,.3f} MB)."
         )
 
     def html(self) -> Html:
