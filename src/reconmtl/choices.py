@@ -171,7 +171,7 @@ def decide(settings: Settings, *, faults: Sequence[str] = ()) -> Decided:
         faults.append(f"Unknown preset {name!r} of {settings.problem}. {nearest(name, presets)}")
         name = next(iter(presets), None)  # to find the other faults
     preset = presets[name] if name is not None else None
-    options = _options(settings, preset)
+    options = _options(make, settings, preset)
     faults += _faults(settings)
     try:
         problem = _make(make, options, settings)
@@ -234,7 +234,9 @@ def _note(decided: Decided, preset: Preset) -> str:
 
     def spoken_of(values: Decided | Preset) -> dict[str, object]:
         names = ("epochs", "batch_size", "lr", "probe_epochs", "severity", "k")
-        return {**values.options, **{n: getattr(values, n) for n in names}, "number of seeds": len(values.seeds)}
+        unsaid = ("root", "tasks")  # where the data lies is no scale, and the table names its tasks
+        options = {n: v for n, v in values.options.items() if n not in unsaid}
+        return {**options, **{n: getattr(values, n) for n in names}, "number of seeds": len(values.seeds)}
 
     before = spoken_of(preset)
     changed = [
@@ -257,7 +259,7 @@ def problem_factory(settings: Settings, faults: Sequence[str] = ()) -> Callable[
     if name is not None and name not in presets:
         found.append(f"Unknown preset {name!r} of {settings.problem}. {nearest(name, presets)}")
     preset = presets.get(name) if name is not None else None
-    options = _options(settings, preset)
+    options = _options(make, settings, preset)
     if found:
         raise ProblemError("\n".join(found))
 
@@ -268,9 +270,12 @@ def problem_factory(settings: Settings, faults: Sequence[str] = ()) -> Callable[
     return build
 
 
-def _options(settings: Settings, preset: Preset | None) -> dict[str, Any]:
+def _options(make: Callable[..., Problem], settings: Settings, preset: Preset | None) -> dict[str, Any]:
     options = dict(preset.options) if preset else {}
-    return options | {n: getattr(settings, n) for n in ("width", "data") if getattr(settings, n) is not None}
+    given = {n: getattr(settings, n) for n in ("width", "network", "data", "root", "pretrained")}
+    if "tasks" in inspect.signature(make).parameters:  # a problem may have more tasks than it takes by default
+        given["tasks"] = settings.tasks
+    return options | {n: str(v) if isinstance(v, Path) else v for n, v in given.items() if v is not None}
 
 
 def default_folder(decided: Decided) -> Path:

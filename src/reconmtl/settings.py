@@ -61,8 +61,14 @@ class ProblemOptions:
     """Only these tasks, at least two."""
     width: Int = None
     """Channels of the first stage of the ready networks."""
+    network: Text = None
+    """Network of a ready problem that has several, e.g. segnet, mtan or mobilenet."""
     data: Text = None
     """Data of a ready problem: mini, full, or a path; see `reconmtl data --help`."""
+    root: Folder = None
+    """Folder of a data set that you have, in the layout it is published in."""
+    pretrained: File = None
+    """ImageNet weights of the trunk: a state dict of torchvision or timm."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,7 +23,8 @@ def test_what_is_not_given_stays_open() -> None:
 
 def test_every_setting_is_an_option_of_the_command() -> None:
     line = """file.py:make --preset paper --out runs/x --methods joint recon --tasks a b --seeds 3 4 --epochs 2
-        --batch-size 8 --lr 0.5 --width 4 --data full --probe-epochs 1 --severity -0.2 --k 3 --record 0
+        --batch-size 8 --lr 0.5 --width 4 --network mtan --data full
+        --root d --pretrained w.pth --probe-epochs 1 --severity -0.2 --k 3 --record 0
         --norm-stats shared --jobs 2 --accelerator cpu --precision bf16-mixed --resume --overwrite
         --fast-dev-run --progress never --quiet --json --loggers tensorboard mine.py:Mine"""
     settings = parse(*line.split())
@@ -38,7 +39,10 @@ def test_every_setting_is_an_option_of_the_command() -> None:
         batch_size=8,
         lr=0.5,
         width=4,
+        network="mtan",
         data="full",
+        root=Path("d"),
+        pretrained=Path("w.pth"),
         probe_epochs=1,
         severity=-0.2,
         k=3,

@@ -17,12 +17,12 @@ from reconmtl.networks import resnet
 from reconmtl.networks.pretrained import load_pretrained
 from reconmtl.networks.resnet import CELEBA_ATTRIBUTES
 from reconmtl.problem import Metric, Problem, Recipe, Task
-from reconmtl.problems.celeba_files import generated, load_split
+from reconmtl.problems.celeba_files import SOURCE, generated, load_split
 from reconmtl.settings import Preset
 
 PRESETS = {
     "demo": Preset(
-        options={"data": "generated", "width": 8},
+        options={"width": 8},
         epochs=3,
         batch_size=64,
         lr=1e-3,
@@ -54,7 +54,7 @@ PRESETS = {
 
 def make(
     *,
-    data: str = "generated",
+    data: str = "auto",
     root: str | Path | None = None,
     width: int = 64,
     tasks: Sequence[str] = CELEBA_ATTRIBUTES,
@@ -63,8 +63,8 @@ def make(
     """Build the problem.
 
     Args:
-        data: "generated" (made-up images, 2,000 + 500) or "files".
-        root: With "files": CelebA's folder, official, torchvision's or Kaggle's.
+        data: "generated" (made-up images, 2,000 + 500), "files", or "auto": files if their folder is given.
+        root: CelebA's folder, official, torchvision's or Kaggle's.
         width: Channels of the network's first stage; the paper's is 64.
         tasks: Some of the 40 attributes.
         pretrained: File with ImageNet weights of torchvision's or timm's ResNet18.
@@ -72,13 +72,16 @@ def make(
     Raises:
         DataError: If the data is missing or odd, or weights do not fit; all faults are listed.
     """
-    if data not in ("generated", "files"):
-        raise DataError(f"data = {data!r}: expected generated or files. {nearest(data, ('generated', 'files'))}")
+    kinds = ("generated", "files", "auto")
+    if data not in kinds:
+        raise DataError(f"data = {data!r}: expected one of {kinds}. {nearest(data, kinds)}")
     if data == "files" and root is None:
-        raise DataError("data = files needs CelebA's folder: --root DIR.")
+        raise DataError(f"data = files needs CelebA's folder: --root DIR. Get {SOURCE}.")
+    if data == "generated" and root is not None:
+        raise DataError(f"data = generated takes no folder, {root} was given: leave out one of them.")
     train, test = (
         (generated(2000, seed=0, tasks=tasks), generated(500, seed=1, tasks=tasks))
-        if data == "generated" or root is None
+        if root is None
         else (load_split(root, split, tasks=tasks) for split in ("train", "test"))
     )
     metrics = [Metric("error", classification_error, best="min")]
