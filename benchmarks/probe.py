@@ -14,6 +14,7 @@ after two steps, above that of the joint step.
 
 import argparse
 import json
+import math
 import os
 import platform
 import subprocess
@@ -90,7 +91,6 @@ def time_rows(name: str, workload: Workload, device: str) -> dict[str, Any]:
             entry[f"per_{base}_quartiles"] = quantiles(ratios, n=4)[::2] if len(ratios) > 1 else None
         entry["rounds"] = len(ratios)
         out[row] = entry
-    joint = [t for t in times["joint"] if t is not None]
     engines = steps.gradients["auto"].engines
     return {
         "title": workload.title,
@@ -99,31 +99,32 @@ def time_rows(name: str, workload: Workload, device: str) -> dict[str, Any]:
         "layers": len(engines),
         "delta_layers": [n for n, e in engines.items() if e == "delta"],
         "rows": out,
-        "sampled": sampled(steps, device, median(joint)),
+        "sampled": sampled(steps, device),
     }
 
 
-def sampled(steps: Steps, device: str, joint: float) -> dict[str, Any]:
+def sampled(steps: Steps, device: str) -> dict[str, Any]:
     """Average step of a probe that measures one in ten, or as many as a budget of ten percent allows."""
     out = {}
     with_budget = rm.Probe(steps.model, overhead=0.1)
     for _ in REHEARSAL:
         steps.probe(with_budget)
     for name, every in (("every_10", 10), ("overhead_0.1", with_budget.every)):
-        probe = rm.Probe(steps.model, every=every)
-        warm = rm.Probe(steps.model)
+        probe, warm = rm.Probe(steps.model, every=every), rm.Probe(steps.model)
         warm._gradients = probe._gradients
         steps.probe(warm)
-        rounds = 3 if name == "every_10" else 1
-        began = clock(device)
-        for _ in range(rounds * every):
-            steps.probe(probe)
-        spent = clock(device) - began
-        began = clock(device)
-        for _ in range(n := min(every, 20)):
-            steps.joint()
-        plain = min(joint, (clock(device) - began) / n) if device != "cpu" else (clock(device) - began) / n
-        out[name] = {"every": every, "ms": 1000 * spent / rounds / every, "per_joint": spent / rounds / every / plain}
+        rounds, few = math.ceil(30 / every), min(every, 20)
+        spent = plain = 0.0
+        for _ in range(rounds):  # in turns with joint steps
+            began = clock(device)
+            for _ in range(every):
+                steps.probe(probe)
+            spent += (clock(device) - began) / every
+            began = clock(device)
+            for _ in range(few):
+                steps.joint()
+            plain += (clock(device) - began) / few
+        out[name] = {"every": every, "ms": 1000 * spent / rounds, "per_joint": spent / plain}
     return out
 
 
@@ -241,6 +242,28 @@ def table(results: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+LEGEND = """
+`flat` and `auto` are the probe, its update included. `plain_gemm` is T plain passes in which the layers that `auto`
+measures at their output take their weight gradients by the same matrix product: what `auto` gains over it is the
+algorithm, the rest is a faster kernel. `torchjd` and `torchjd_vmap` are TorchJD's `mtl_backward`, task by task and all
+at once, with Grams from `.jac`. `libmtl` restates how LibMTL takes gradients, and `published` how the paper describes
+it; both are our code, not theirs.
+"""
+
+
+def legend(results: dict[str, Any]) -> str:
+    """What the rows are, and where they were measured."""
+    cases = results.get("cases", {})
+    places = {
+        ", ".join(f"{k} {v}" for k, v in c["environment"].items() if k not in {"machine", "load"})
+        + f", {c['environment']['machine']}"
+        for c in cases.values()
+    }
+    loads = sorted(c["environment"]["load"] for c in cases.values())
+    busy = f" Other programs ran: the load average was {loads[0]} to {loads[-1]}." if loads and loads[-1] > 1.5 else ""
+    return f"One thread, process CPU time; {'; '.join(sorted(places))}.{busy}\n{LEGEND}\n"
+
+
 def put(text: str) -> None:
     """Replace what stands between the marks in the docs."""
     begin, end = MARKS
@@ -287,7 +310,7 @@ def main() -> None:
     if arguments.peak:
         print_peak(*arguments.peak, arguments)
     elif arguments.table:
-        text = table(load())
+        text = legend(load()) + table(load())
         print(text)
         put(text)
     elif arguments.run:

@@ -1,6 +1,10 @@
+import math
+from itertools import pairwise
+
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import Node
 
 from reconmtl.graph import Graph, Shared, many
 
@@ -29,6 +33,24 @@ def test_a_chain_is_cut_wherever_memory_asks_for_it(limit: int) -> None:
     held = [len(s.wanted) for s in stages]  # two leaves per layer cost 1 each
     assert held == {2: [2, 2, 2, 2], 4: [4, 4], 100: [8]}[limit]
     assert [len(s.edges) for s in stages] == [1] * (len(stages) - 1) + [0]
+
+
+@pytest.mark.parametrize("counted", [False, True])
+def test_a_cut_is_not_made_where_carrying_the_gradients_across_costs_more(counted: bool) -> None:
+    widths = [4, 4, 40, 4, 4]
+    model = nn.Sequential(*(m for a, b in pairwise(widths) for m in (nn.Linear(a, b), nn.Tanh())))
+    out = model(torch.ones(25, 4))
+    shared = _shared([out, out * 2], model)
+
+    def boundary(node: Node) -> int:
+        return math.prod(node._input_metadata[0].shape) if counted else 0
+
+    stages = shared.stages(lambda node: node.variable.numel(), 190, boundary)  # type: ignore[attr-defined]
+    held = [sorted(n.variable.numel() for n in s.wanted) for s in stages]  # type: ignore[attr-defined]
+    first, second, third, fourth = [4, 16], [40, 160], [4, 160], [4, 16]
+    wide = [[*second, *third]] if counted else []
+    expected = [fourth, *wide, first] if counted else [[*fourth, *third], second, first]
+    assert held == [sorted(e) for e in expected]
 
 
 class Skips(nn.Module):
