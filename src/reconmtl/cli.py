@@ -6,7 +6,8 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import MISSING, field, fields, make_dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -56,8 +57,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # SIGTERM is a cluster's or a service's way of asking to stop.
     before = signal.signal(signal.SIGTERM, signal.default_int_handler) if here else None
     try:
-        code = _dispatch(words)
-        sys.stdout.flush()  # here, where a reader that has gone is no error
+        with _speaking():
+            code = _dispatch(words)
+            sys.stdout.flush()  # here, where a reader that has gone is no error
         return code
     except ReconError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -75,6 +77,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     finally:
         if here:
             signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def _speaking() -> Iterator[None]:
+    """Of several processes that `torchrun` has started, let the first one alone print results."""
+    if os.environ.get("RANK", "0") == "0":
+        yield
+        return
+    with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere):
+        yield
 
 
 def _dispatch(words: list[str]) -> int:

@@ -248,13 +248,15 @@ def _decide(settings: Settings, faults: Faults, plan: Any = None) -> Decided:  #
 def _folder(options: Any, decided: Decided, what: str) -> Path:  # noqa: ANN401
     """The folder of a command that is a part of a study: made, refused, or continued."""
     from reconmtl.choices import default_folder
+    from reconmtl.evaluation import Machine
     from reconmtl.runs import new_folder
     from reconmtl.study import write_config
 
     usual = default_folder(decided)
     out = options.out or usual.with_name(f"{usual.name}-{what}")
-    folder = new_folder(out, resume=options.resume, overwrite=options.overwrite)
-    write_config(folder, decided)
+    ranks = Machine(accelerator=options.accelerator).ranks()
+    folder = ranks.first(lambda: new_folder(out, resume=options.resume, overwrite=options.overwrite))
+    ranks.first(lambda: write_config(folder, decided))
     return folder
 
 

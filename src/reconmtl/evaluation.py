@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import atexit
 import functools
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from reconmtl.batches import Sets, check_outputs, select, sets_of
@@ -17,6 +20,7 @@ from reconmtl.forward import Forward
 from reconmtl.interruptions import leave_if_asked
 from reconmtl.problem import Metric, Problem
 from reconmtl.randomness import seeded
+from reconmtl.ranks import Ranks, started
 from reconmtl.runs import Values
 
 try:
@@ -26,8 +30,22 @@ except ModuleNotFoundError:  # the large `lightning` package carries the same Fa
 
 
 @functools.cache  # it holds no state of a training, and announces the precision each time it is made
-def _fabric(accelerator: str, precision: Any) -> Fabric:  # noqa: ANN401 Fabric spells out every name
-    return Fabric(accelerator=accelerator, devices=1, precision=precision)
+def _fabric(accelerator: str, precision: Any, processes: int) -> Fabric:  # noqa: ANN401 Fabric spells out every name
+    if processes == 1:
+        return Fabric(accelerator=accelerator, devices=1, precision=precision)
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", processes))
+    fabric = Fabric(
+        accelerator=accelerator, devices=here, num_nodes=processes // here, precision=precision, strategy="ddp"
+    )
+    fabric.launch()
+    if dist.is_initialized():
+        atexit.register(_part)
+    return fabric
+
+
+def _part() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 PRECISIONS = ("32-true", "32", "bf16-mixed")
@@ -41,6 +59,10 @@ class Machine:
         accelerator: "auto", "cpu", "cuda" ...: as Lightning Fabric names them.
         precision: "32-true" (or "32") or "bf16-mixed", as Lightning Fabric names them.
         max_batches: Only so many batches per epoch and evaluation: a smoke test, not a result.
+        devices: Processes of one device each; more than one are started by `torchrun --nproc-per-node=N`, and then
+            this need not be given. The batch size is that of each of them.
+        sync_batchnorm: Let the processes' BatchNorms share their batch statistics (not on CPUs). Otherwise each
+            normalises its own share of the batch, and the first one's running statistics are kept.
         checkpoint_steps: Save the training's state every so many steps too, not only after every epoch.
         checkpoint_seconds: Save it when so many seconds have passed since.
     """
@@ -48,6 +70,8 @@ class Machine:
     accelerator: str = "auto"
     precision: str = "32-true"
     max_batches: int | None = None
+    devices: int | None = None
+    sync_batchnorm: bool = False
     checkpoint_steps: int | None = None
     checkpoint_seconds: float | None = 600.0
 
@@ -59,6 +83,11 @@ class Machine:
                 f"{nearest(str(self.precision), PRECISIONS)}"
             )
 
+        if self.devices not in (None, started()):
+            raise ProblemError(
+                f"devices = {self.devices!r}: this program runs in {started()} process(es). Start it with "
+                f"`torchrun --nproc-per-node={self.devices} -m reconmtl ...` (or your script instead of -m reconmtl)."
+            )
         for name in ("max_batches", "checkpoint_steps", "checkpoint_seconds"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, (int, float)) or isinstance(value, bool) or value <= 0):
@@ -66,16 +95,26 @@ class Machine:
 
     def identity(self) -> dict[str, object]:
         """What of it a result depends on."""
-        return {"precision": self.precision, "max_batches": self.max_batches}
+        found: dict[str, object] = {"precision": self.precision, "max_batches": self.max_batches}
+        if started() > 1:
+            found |= {"processes": started(), "sync_batchnorm": self.sync_batchnorm}
+        return found
+
+    def ranks(self) -> Ranks:
+        """The processes that train together, started by `torchrun`; else this one alone."""
+        if started() == 1:
+            return Ranks()
+        fabric = self.fabric()
+        return Ranks(fabric.global_rank, fabric.world_size, fabric.device)
 
     def fabric(self) -> Fabric:
-        """The Fabric of one process and one device.
+        """The Fabric of one device in each process.
 
         Raises:
             ProblemError: If there is no such accelerator or precision, or this machine does not have it.
         """
         try:
-            return _fabric(self.accelerator, self.precision)
+            return _fabric(self.accelerator, self.precision, started())
         except (ValueError, RuntimeError, TypeError) as error:
             raise ProblemError(
                 f"accelerator = {self.accelerator!r}, precision = {self.precision!r} cannot be used: {error}"
@@ -103,6 +142,8 @@ def evaluate(problem: Problem, model: nn.Module, data: Sets, *, machine: Machine
     fabric = machine.fabric()
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     forward = Forward(problem, model)
+    ranks = machine.ranks()
+    ranks.share(model.buffers())
     batches = [
         (own, part, indices)
         for own, part in sets_of(data).items()
@@ -113,11 +154,16 @@ def evaluate(problem: Problem, model: nn.Module, data: Sets, *, machine: Machine
     for state in states.values():
         if hasattr(state, "to"):
             state.to(device)
+        if hasattr(state, "sync_on_compute"):
+            state.sync_on_compute = False  # every process sees everything, see below
+    if not states:  # what a stateful metric has seen cannot be added up in general
+        batches = batches[ranks.rank :: ranks.size]
     counts = dict.fromkeys(problem.task_names, 0)
     # What is drawn while judging (by transforms, say) must not move the training that goes on afterwards.
     with evaluating(model), torch.no_grad(), seeded(0):
         for own, part, indices in batches:
-            leave_if_asked()
+            if ranks.size == 1:
+                leave_if_asked()
             inputs, targets = problem.batch(part, indices, device, own=own)
             with fabric.autocast():
                 outputs = forward(own, inputs)
@@ -135,6 +181,10 @@ def evaluate(problem: Problem, model: nn.Module, data: Sets, *, machine: Machine
                         states[key].update(output, target)
                     else:
                         sums[key] += _per_sample_sum(metric.fn(output, target), n, *key)
+    if not states:
+        together = ranks.sum([*counts.values(), *sums.values()])
+        counts = dict(zip(counts, map(round, together), strict=False))
+        sums = dict(zip(sums, together[len(counts) :], strict=True))
     empty = [t.name for t in problem.tasks if t.metrics and not counts[t.name]]
     if empty:
         raise ProblemError(f"No sample of the evaluated data has a target for {empty}; there is nothing to judge.")

@@ -55,6 +55,21 @@ def write_json(path: str | Path, content: object) -> None:
     write_bytes(path, write)
 
 
+def append_json(path: Path, content: object) -> None:
+    """Append one line of JSON, synced: what is there survives whatever comes after.
+
+    Raises:
+        RunError: If it cannot be written; what was there before stays.
+    """
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(content, allow_nan=False) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise RunError(f"Cannot write {path}: {error.strerror or error}. What was saved before is whole.") from error
+
+
 def read_json(path: str | Path, error: type[ReconError]) -> Any:  # noqa: ANN401 whatever JSON holds; callers check
     """Read JSON; raise `error` with the file's name when it is missing or damaged."""
     try:

@@ -44,7 +44,17 @@ def leave_if_asked() -> None:
         Interrupted: If so; the caller saves its state first, or says what is saved.
     """
     if _asked:
-        raise Interrupted(signal.Signals(_asked[0]))
+        raise interruption()
+
+
+def was_asked() -> bool:
+    """Whether a signal came."""
+    return bool(_asked)
+
+
+def interruption() -> Interrupted:
+    """What to raise for the signal that came, to this process or another of those that train together."""
+    return Interrupted(signal.Signals(_asked[0] if _asked else signal.SIGTERM))
 
 
 def _note(number: int, _frame: FrameType | None) -> None:

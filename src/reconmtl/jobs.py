@@ -6,16 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
-import torch
-
-from reconmtl.checking import covering
+from reconmtl.checking import first_batches
 from reconmtl.choices import Decided, find_logger, load_problem, split_method
 from reconmtl.conflicts import ConflictLog
 from reconmtl.errors import ProblemError
 from reconmtl.evaluation import Machine
+from reconmtl.forward import Forward
 from reconmtl.gram import Gradients
 from reconmtl.plan import Plan, check_k
-from reconmtl.problem import call
 from reconmtl.randomness import seeded
 from reconmtl.ranking import Ranking
 from reconmtl.splitting import split
@@ -121,12 +119,12 @@ def rehearse(decided: Decided, plan: Plan | None = None) -> None:
     problem = load_problem(decided)
     with seeded(decided.seeds[0]):
         model = problem.model()
-        inputs, targets = problem.batch(problem.train, covering(problem), torch.device("cpu"))
-        layout = Gradients(model, shared=problem.shared).layout(problem.losses(call(model, inputs), targets))
+        losses = Forward(problem, model).losses(first_batches(problem))
+        layout = Gradients(model, shared=problem.shared).layout(losses)
         if plan is not None:
             if set(plan.tasks) != set(decided.tasks):
                 raise ProblemError(f"The plan is for tasks {list(plan.tasks)}, the problem has {list(decided.tasks)}.")
-            split(model, plan, norm_stats=decided.norm_stats, sample=inputs)
+            split(model, plan, norm_stats=decided.norm_stats, sample=problem.sample())
     if not layout.layers:
         raise ProblemError("No layer is reached by the losses of two tasks: there is nothing shared to split.")
     if decided.k is not None:

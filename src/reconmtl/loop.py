@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import time
@@ -11,21 +10,24 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import nn
+import torch.distributed as dist
+from torch import Tensor, nn
 
 from reconmtl.batches import sets_of
 from reconmtl.checkpoints import Checkpoint, read_checkpoint, restore_model, save_checkpoint
 from reconmtl.conflicts import ConflictLog
 from reconmtl.errors import Interrupted, ProblemError, ReconError, RunError
 from reconmtl.evaluation import Machine, evaluate
-from reconmtl.forward import Forward, draw
-from reconmtl.interruptions import leave_if_asked
+from reconmtl.files import append_json
+from reconmtl.forward import Batches, Forward, draw
+from reconmtl.interruptions import interruption, was_asked
 from reconmtl.loggers import Loggers
 from reconmtl.plan import Plan
 from reconmtl.probing import Probe
 from reconmtl.problem import Problem
 from reconmtl.progress import bar
-from reconmtl.randomness import random_states, seeded, set_random_states
+from reconmtl.randomness import random_states, reseed, seeded, set_random_states
+from reconmtl.replicas import Replicas
 from reconmtl.runs import Values, plain_values
 from reconmtl.sampling import Indices, Sampler
 from reconmtl.splitting import check_optimizer, split
@@ -109,7 +111,7 @@ class _Training:
         self.job, self.seconds = job, 0.0
         self.since = self.saved = time.perf_counter()
         problem, recipe, machine = job.problem, job.problem.recipe, job.machine
-        self.fabric = machine.fabric()
+        self.fabric, self.ranks = machine.fabric(), machine.ranks()
         self.epochs = recipe.epochs if job.stop is None else job.stop
         self.sampler = Sampler(
             {own: len(data) for own, data in sets_of(problem.train).items()},
@@ -117,18 +119,28 @@ class _Training:
             drop_last=recipe.drop_last,
             seed=job.seed,
             most=machine.max_batches,
+            rank=self.ranks.rank,
+            world=self.ranks.size,
         )
         if not self.sampler.steps:
             raise ProblemError(
-                f"The training set has {self.sampler.longest} samples, fewer than one batch of {recipe.batch_size}: "
-                "lower batch_size or pass drop_last=False."
+                f"The training set has {self.sampler.longest} samples, fewer than one batch of "
+                f"{self.sampler.together}: lower batch_size or pass drop_last=False."
             )
         model = problem.model()
+        if machine.sync_batchnorm and self.ranks.size > 1:
+            if self.fabric.device.type == "cpu":
+                raise ProblemError(
+                    "sync_batchnorm: PyTorch's SyncBatchNorm does not work on CPUs; use GroupNorm there."
+                )
+            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
         if job.plan is not None:
             model = split(model, job.plan, norm_stats=job.norm_stats, sample=problem.sample())
         self.model = self.fabric.to_device(model)
         self.forward = Forward(problem, self.model)
         torch.manual_seed(job.seed)  # drawing the weights of one network more or less must not move dropout
+        if self.ranks.rank:
+            reseed((job.seed + 7919 * self.ranks.rank) % 2**32)  # or all processes would drop the same units
         self.optimizer = recipe.make_optimizer(model)
         check_optimizer(model, self.optimizer)
         self.schedule = torch.optim.lr_scheduler.MultiStepLR(
@@ -136,11 +148,17 @@ class _Training:
         )
         self.probe = None
         if job.record:
-            self.probe = Probe(model, every=job.record, overhead=job.overhead, shared=problem.shared)
+            group = dist.group.WORLD if self.ranks.size > 1 else False
+            self.probe = Probe(model, every=job.record, overhead=job.overhead, shared=problem.shared, group=group)
+        self.replicas = None
+        if self.ranks.size > 1 and self.probe is None:
+            assert dist.group.WORLD is not None  # Fabric has made it
+            self.replicas = Replicas(dist.group.WORLD)
         self.epoch = 1
         self.stepped = False  # whether the steps of this epoch are done and its evaluation comes next
         self.total = torch.zeros((), device=self.fabric.device)
         self.absent = dict.fromkeys(problem.task_names, 0)
+        self.asked = self.due = False  # whether a signal, or the time, asks for a checkpoint after this step
         self.reached: set[str] = set()
         self.values: Values = {}
 
@@ -154,7 +172,8 @@ class _Training:
             self._cut(job.begin)
             self._save()  # a state or a disk that cannot be written to shows before the work
         done = (self.epoch - 1) * self.sampler.steps + self.sampler.step
-        with bar(self.epochs * self.sampler.steps, job.description, done=done) as progress:
+        total = self.epochs * self.sampler.steps
+        with bar(total, job.description, done=done, hidden=self.ranks.rank > 0) as progress:
             while self.epoch <= self.epochs:
                 self.model.train()
                 if not self.stepped:
@@ -163,7 +182,7 @@ class _Training:
                         progress.update()
                         self._save_if_due()
                     self.stepped = True
-                mean = float(self.total) / self.sampler.steps
+                mean = self.ranks.sum([float(self.total)])[0] / self.ranks.size / self.sampler.steps
                 if not math.isfinite(mean):
                     raise RunError(
                         f"{job.description}: the loss is {mean} in epoch {self.epoch}. Lower the learning rate "
@@ -192,20 +211,39 @@ class _Training:
         batches = draw(problem, problem.train, indices, fabric.device)
         with fabric.autocast():
             losses = self.forward.losses(batches)
-        for name in self.absent.keys() - losses.keys():
-            self.absent[name] += 1
-        if not losses:
+        if not self._share(losses, batches, indices):
             return
         self.optimizer.zero_grad()
-        loss = torch.stack([v.detach() for v in losses.values()]).sum()
+        loss = torch.stack([v.detach() for v in losses.values()]).sum() if losses else torch.zeros_like(self.total)
         if self.probe is not None:
             self.probe.backward(losses)
-        else:
+        elif losses:
             fabric.backward(torch.stack(list(losses.values())).sum())
+        if self.replicas is not None:
+            self.replicas.average_grads(dict(model.named_parameters()))
         if self.epoch == 1:
             self.reached.update(n for n, p in model.named_parameters() if p.grad is not None)
         self.optimizer.step()
         self.total += loss
+
+    def _share(self, losses: dict[str, Tensor], batches: Batches, indices: Indices) -> bool:
+        """Weigh the losses so that the processes' mean is that of all their samples; False if there is none at all."""
+        counts = dict.fromkeys(self.absent, 0)
+        for own, (_, targets) in batches.items():
+            counts |= {t: len(indices[own]) if at is None else len(at) for t, (_, at) in targets.items()}
+        machine = self.job.machine
+        late = machine.checkpoint_seconds is not None and (
+            time.perf_counter() - self.saved >= machine.checkpoint_seconds
+        )
+        *together, asked, due = self.ranks.sum([*counts.values(), float(was_asked()), float(late)])
+        self.asked, self.due = asked > 0, due > 0
+        for name, n in zip(counts, together, strict=True):
+            self.absent[name] += n == 0
+        if self.ranks.size > 1:
+            for (name, mine), n in zip(counts.items(), together, strict=True):
+                if name in losses and mine * self.ranks.size != n:
+                    losses[name] = losses[name] * (mine * self.ranks.size / n)
+        return any(together)
 
     def _evaluated(self, mean: float) -> dict[str, object]:
         """The epoch's line of the metrics file."""
@@ -224,15 +262,11 @@ class _Training:
     # Its state. -------------------------------------------------------------------------------------------------------
 
     def _save_if_due(self) -> None:
-        machine = self.job.machine
-        try:
-            leave_if_asked()
-        except Interrupted as asked:
-            self._leave(asked)
-        steps, seconds = machine.checkpoint_steps, machine.checkpoint_seconds
+        if self.asked:
+            self._leave(interruption())
+        steps = self.job.machine.checkpoint_steps
         done = (self.epoch - 1) * self.sampler.steps + self.sampler.step
-        late = seconds is not None and time.perf_counter() - self.saved >= seconds
-        if late or (steps is not None and done % steps == 0):
+        if self.due or (steps is not None and done % steps == 0):
             self._save()
 
     def _leave(self, asked: Interrupted) -> None:
@@ -249,7 +283,9 @@ class _Training:
         if self.job.checkpoint is None:
             return
         about = {"epoch": self.epoch, "epochs": self.epochs, "seed": self.job.seed}
-        save_checkpoint(self.job.checkpoint, self.model, about, training=self._state())
+        path, state = self.job.checkpoint, self._state()
+        self.ranks.share(self.model.buffers())
+        self.ranks.first(lambda: save_checkpoint(path, self.model, about, training=state))
         self.saved = time.perf_counter()
 
     def _state(self) -> dict[str, Any]:
@@ -266,7 +302,7 @@ class _Training:
             "values": self.values,
             "seconds": self._elapsed(),
             "written": self._written(),
-            "random": random_states(),
+            "random": self.ranks.gather(random_states()),
         }
 
     def _restore(self, found: Checkpoint, source: Path) -> None:
@@ -300,7 +336,9 @@ class _Training:
         self.values = {str(t): {str(m): float(v) for m, v in of.items()} for t, of in state["values"].items()}
         self.seconds, self.since = float(state["seconds"]), time.perf_counter()
         self._cut(state["written"])
-        set_random_states(state["random"])  # last: nothing is drawn from here to the next step
+        if len(state["random"]) != self.ranks.size:
+            raise RunError(f"it was made by {len(state['random'])} processes, now there are {self.ranks.size}.")
+        set_random_states(state["random"][self.ranks.rank])  # last: nothing is drawn from here to the next step
 
     # The metrics file. ------------------------------------------------------------------------------------------------
 
@@ -316,19 +354,10 @@ class _Training:
             return
         if self._written() < size:
             raise RunError(f"{path} is shorter than when the checkpoint was written.")
-        if path.exists():
+        if path.exists() and self.ranks.rank == 0:
             os.truncate(path, size)
 
     def _write(self, entry: dict[str, object]) -> None:
         path = self.job.metrics
-        if path is None:
-            return
-        try:
-            with path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(entry, allow_nan=False) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError as error:
-            raise RunError(
-                f"Cannot write {path}: {error.strerror or error}. What was saved before is whole."
-            ) from error
+        if path is not None:
+            self.ranks.first(lambda: append_json(path, entry))

@@ -22,10 +22,10 @@ def configure(mode: Mode, *, lock: Any = None, position: int | None = None) -> N
         tqdm.set_lock(lock)
 
 
-def bar(total: int, description: str, unit: str = "step", *, done: int = 0) -> "tqdm[Any]":
+def bar(total: int, description: str, unit: str = "step", *, done: int = 0, hidden: bool = False) -> "tqdm[Any]":
     """A progress bar with ETA on stderr; `done` of the total were done before."""
     terminal = sys.stderr.isatty()
-    hidden = _state["mode"] == "never" or (_state["mode"] == "auto" and not terminal)
+    hidden = hidden or _state["mode"] == "never" or (_state["mode"] == "auto" and not terminal)
     return tqdm(
         total=total,
         initial=done,

@@ -28,10 +28,15 @@ def untouched_randomness() -> Iterator[None]:
 def seeded(seed: int) -> Iterator[None]:
     """Seed PyTorch, NumPy and Python inside, and put their global states back afterwards."""
     with untouched_randomness():
-        torch.manual_seed(seed)
-        np.random.seed(seed % 2**32)  # noqa: NPY002 a user's transforms may draw from it
-        random.seed(seed)
+        reseed(seed)
         yield
+
+
+def reseed(seed: int) -> None:
+    """Seed PyTorch, NumPy and Python."""
+    torch.manual_seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002 a user's transforms may draw from it
+    random.seed(seed)
 
 
 def random_states() -> dict[str, Any]:

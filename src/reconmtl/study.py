@@ -6,10 +6,12 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
+from reconmtl.batches import Sets, sets_of
 from reconmtl.choices import Decided, decide, default_folder, load_problem, split_method
 from reconmtl.comparing import Comparison, compare
 from reconmtl.conflicts import ConflictLog
 from reconmtl.errors import RunError
+from reconmtl.evaluation import Machine
 from reconmtl.files import read_json, write_bytes, write_json
 from reconmtl.jobs import Job, choose_plan, rehearse
 from reconmtl.plan import Plan
@@ -50,7 +52,9 @@ def run_study(settings: Settings, *, faults: Sequence[str] = ()) -> Study:
     """
     decided = decide(settings, faults=faults)
     rehearse(decided)
-    folder = new_folder(settings.out or default_folder(decided), resume=settings.resume, overwrite=settings.overwrite)
+    out = settings.out or default_folder(decided)
+    ranks = Machine(accelerator=settings.accelerator).ranks()
+    folder = ranks.first(lambda: new_folder(out, resume=settings.resume, overwrite=settings.overwrite))
     jobs = study_jobs(decided, folder, settings)
     alone = settings.jobs is None and decided.max_batches is not None  # a process takes longer to start than that
     side_by_side = 1 if alone else count(settings.jobs, settings.accelerator, len(jobs))
@@ -65,7 +69,7 @@ def study_jobs(decided: Decided, folder: Path, settings: Settings | SweepSetting
     Raises:
         RunError: If the folder holds a study with other settings, or cannot be written to.
     """
-    write_config(folder, decided)
+    Machine(accelerator=settings.accelerator).ranks().first(lambda: write_config(folder, decided))
     log = folder / "log"
 
     def job(method: str, seed: int) -> Job:
@@ -129,6 +133,10 @@ def _count(n: int, what: str) -> str:
     return f"{n} {what}" if n == 1 else f"{n} {what}s"
 
 
+def _samples(sets: Sets) -> str:
+    return " + ".join(f"{len(data):,}" for data in sets_of(sets).values())
+
+
 def facts(decided: Decided, problem: Problem, runs: Sequence[Run]) -> list[str]:
     """The lines under the table: how much stands behind its numbers."""
     n = len(decided.seeds)
@@ -136,7 +144,7 @@ def facts(decided: Decided, problem: Problem, runs: Sequence[Run]) -> list[str]:
     width = f", width {decided.options['width']}" if "width" in decided.options else ""
     lines = [
         f"n = {_count(n, 'seed')} ({seeds}), {_count(decided.epochs, 'epoch')}{width}, batch {decided.batch_size}, "
-        f"{len(problem.train):,} training and {len(problem.test):,} test samples; last model, "
+        f"{_samples(problem.train)} training and {_samples(problem.test)} test samples; last model, "
         f"{'no spread from one seed' if n == 1 else 'mean ± sd'}."
     ]
     baseline = next((r.network for r in runs if r.method == "single"), None)
@@ -151,9 +159,7 @@ def write_config(folder: Path, decided: Decided) -> None:
     """Write what was decided; a folder that is continued must hold the same, but for further methods and seeds."""
     content = {"format": FORMAT, **asdict(decided)}
     path = folder / "config.json"
-    if not path.exists():
-        write_json(folder / "env.json", environment())
-    else:
+    if path.exists():
         before = read_json(path, RunError)
         if not isinstance(before, dict):
             raise RunError(f"{path}: expected an object, found {type(before).__name__}.")
@@ -166,7 +172,9 @@ def write_config(folder: Path, decided: Decided) -> None:
             raise RunError(
                 f"{folder} holds a study with other settings ({told}). Repeat them, or use --overwrite or --out."
             )
-    write_json(path, content)
+    write_json(path, content)  # first: it says that the folder is one of ours
+    if not (folder / "env.json").exists():
+        write_json(folder / "env.json", environment())
 
 
 def _plain(value: object) -> object:

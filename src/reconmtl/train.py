@@ -104,15 +104,17 @@ def probe(
             "machine": job.machine.identity(),
         }
     )
-    folder = _prepared(Path(out), config, None, resume=resume, overwrite=overwrite)
-    if (folder / "log.json").exists():
+    ranks, where = job.machine.ranks(), Path(out)
+    folder = ranks.first(lambda: _prepared(where, config, None, resume=resume, overwrite=overwrite))
+    if ranks.first(lambda: (folder / "log.json").exists()):
         return ConflictLog.load(folder)
     with asked_politely():
         log = train(replace(job, checkpoint=folder / "last.ckpt")).log
     assert log is not None
-    log.save(folder)
-    (folder / "last.ckpt").unlink()
-    return log
+    finished = log
+    ranks.first(lambda: finished.save(folder))
+    ranks.first(lambda: (folder / "last.ckpt").unlink())
+    return finished
 
 
 def _plain(config: dict[str, Any]) -> dict[str, Any]:
@@ -128,11 +130,11 @@ def _prepared(path: Path, config: dict[str, Any], plan: Plan | None, *, resume: 
     folder = new_folder(path, resume=resume, overwrite=overwrite)
     file = folder / "config.json"
     if not file.exists():
+        write_json(file, config)  # first: it says that the folder is one of ours
+    if not (folder / "env.json").exists():
         write_json(folder / "env.json", environment())
-        if plan is not None:
-            plan.save(folder / "plan.json")
-        write_json(file, config)  # last: it says that the folder is one of ours
-        return folder
+    if plan is not None and not (folder / "plan.json").exists():
+        plan.save(folder / "plan.json")
     before = read_json(file, RunError)
     if not isinstance(before, dict):
         raise RunError(f"{file}: expected an object, found {type(before).__name__}. Delete {folder} to begin anew.")
@@ -187,7 +189,9 @@ def fit(
     """
     problem = _overridden(problem, recipe_overrides)
     _check_arguments(problem, method, plan, balancer, record, seeds, norm_stats)
-    asked = _Asked(problem, method, plan, int(record), norm_stats, machine or Machine(), Loggers(loggers))
+    machine = machine or Machine()
+    told = Loggers(loggers if machine.ranks().rank == 0 else ())
+    asked = _Asked(problem, method, plan, int(record), norm_stats, machine, told)
     folder = None if out is None else Path(out)
     return [_fit_seed(asked, seed, folder, resume, overwrite) for seed in seeds]
 
@@ -266,11 +270,11 @@ class _Asked:
 
 def _fit_seed(asked: _Asked, seed: int, out: Path | None, resume: bool, overwrite: bool) -> Run:
     problem, plan, config = asked.problem, asked.plan, asked.config(seed)
-    folder = None
+    folder, ranks = None, asked.machine.ranks()
     if out is not None:
-        folder = _prepared(out / f"seed{seed}", config, plan, resume=resume, overwrite=overwrite)
-        if (folder / "result.json").exists():
-            _clear_parts(folder)
+        own = out / f"seed{seed}"
+        folder = ranks.first(lambda: _prepared(own, config, plan, resume=resume, overwrite=overwrite))
+        if ranks.first(lambda: _finished(own)):
             try:
                 return open_run(folder, problem)
             except ReconError as error:
@@ -316,13 +320,7 @@ def _fit_seed(asked: _Asked, seed: int, out: Path | None, resume: bool, overwrit
         build=lambda _: model,
     )
     if folder is not None:
-        about = {"label": label, "seed": seed}
-        if asked.method == "single":
-            save_checkpoint(folder / "last.ckpt", model, about)
-        run.save()
-        if asked.method != "single":  # until now it held the state of the training
-            save_checkpoint(folder / "last.ckpt", model, about)
-        _clear_parts(folder)
+        ranks.first(lambda: _close(run, model))
     return run
 
 
@@ -350,6 +348,25 @@ def _singles(job: Job) -> Trained:
         seconds=sum(p.seconds for p in parts.values()),
         written=begin,
     )
+
+
+def _finished(folder: Path) -> bool:
+    if not (folder / "result.json").exists():
+        return False
+    _clear_parts(folder)
+    return True
+
+
+def _close(run: Run, model: nn.Module) -> None:
+    """Write what is known at the end; before, `last.ckpt` held the state of the training, or there was none."""
+    assert run.path is not None
+    about = {"label": run.label, "seed": run.seed}
+    if run.method == "single":
+        save_checkpoint(run.path / "last.ckpt", model, about)
+    run.save()
+    if run.method != "single":
+        save_checkpoint(run.path / "last.ckpt", model, about)
+    _clear_parts(run.path)
 
 
 def _clear_parts(folder: Path) -> None:

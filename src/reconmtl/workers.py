@@ -21,6 +21,7 @@ import torch
 from reconmtl import progress
 from reconmtl.errors import ConfigError, ReconError, RunError
 from reconmtl.jobs import Job, do
+from reconmtl.ranks import started
 
 GRACE = 60.0
 """Seconds that an interrupted training may take to write its checkpoint."""
@@ -118,6 +119,8 @@ def story(error: BaseException) -> str:
 
 def count(jobs: int | None, accelerator: str, total: int) -> int:
     """How many jobs of a total run side by side: as many as asked for, else one per core or GPU."""
+    if started() > 1:  # all of them do each job together
+        return 1
     if jobs is not None:
         return max(1, min(jobs, total))
     gpus = torch.cuda.device_count() if accelerator in ("auto", "cuda", "gpu") else 0
