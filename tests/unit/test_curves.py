@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 
 from logs import make_log, two_task_grams
+from reconmtl.comparing import compare
 from reconmtl.plan import Plan
 from reconmtl.reporting.curves import PANELS, Learning, Scores
 from reconmtl.reporting.material import Material, Point
@@ -38,7 +39,7 @@ def learned(values: dict[str, list[list[float]]], tasks: int = 1, best: str = "m
             directions = {t: {"acc": best} for t in names}
             runs.append(Run("joint", label, seed, metrics, directions, 1, 1.0, "f", "Net"))  # type: ignore[arg-type]
             curves.append(tuple(Point(e, {t: {"acc": v} for t in names}) for e, v in enumerate(of, start=1)))
-    return replace(material(None), runs=tuple(runs), curves=tuple(curves))
+    return replace(material(None), runs=tuple(runs), curves=tuple(curves), comparison=compare(runs))
 
 
 def test_bands_hold_lowest_mean_and_highest_of_the_epochs_all_seeds_have() -> None:

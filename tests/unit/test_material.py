@@ -37,8 +37,9 @@ def test_folders_of_methods_and_runs_find_their_study(study: Path) -> None:
         assert found.log is not None and found.log.steps == 64  # the probe's, not the run's own
     assert "the record of joint, seed 0" in gather(_without_log(study)).log_source
     (study / "joint" / "seed9").mkdir()
-    (study / "joint" / "seed9" / "config.json").write_text("{}")
-    assert any("seed9 holds no result yet" in r for r in gather(study).remarks)
+    (study / "joint" / "seed9" / "config.json").write_text('{"seed": 9, "method": "joint"}')
+    comparison = gather(study).comparison
+    assert comparison is not None and [Path(out.run).name for out in comparison.left_out] == ["seed9"]
 
 
 def _without_log(study: Path) -> list[Run]:

@@ -14,7 +14,7 @@ from reconmtl.comparing import readable
 from reconmtl.reporting import proposals
 from reconmtl.reporting.axes import TASK_COLOURS, Scale, dot, frame, polyline, spread_out, steps, ticks_of, whole_steps
 from reconmtl.reporting.markup import Html, tag
-from reconmtl.reporting.material import Material
+from reconmtl.reporting.material import Material, Point
 from reconmtl.reporting.windows import Windows, ratio
 from reconmtl.reporting.words import Section, listed, percent, plural
 
@@ -171,8 +171,9 @@ class Learning:
         """None if no run has evaluations on disk."""
         if not any(material.curves):
             return None
-        keys = list(dict.fromkeys((t, m) for r in material.runs for t, of in r.directions.items() for m in of))
-        best = {(t, m): b for r in material.runs for t, of in r.directions.items() for m, b in of.items()}
+        runs = [run for group in material.labels.values() for run in group]
+        keys = list(dict.fromkeys((t, m) for r in runs for t, of in r.directions.items() for m in of))
+        best = {(t, m): b for r in runs for t, of in r.directions.items() for m, b in of.items()}
         wanted: dict[str, tuple[list[tuple[str, str]], str]] = {}
         if len(keys) <= PANELS:
             wanted = {f"{t} {m}": ([(t, m)], best[t, m]) for t, m in keys}
@@ -184,9 +185,11 @@ class Learning:
                 for name, (of, b) in wanted.items()
             }
         labels = tuple(material.labels)
+        curves = {id(run): curve for run, curve in zip(material.runs, material.curves, strict=True)}
+        of_label = {n: [curves[id(run)] for run in runs] for n, runs in material.labels.items()}
         panels = []
         for title, (of, direction) in wanted.items():
-            bands = [b for label in labels if (b := _band(material, label, of)) is not None]
+            bands = [b for label in labels if (b := _band(label, of_label[label], of)) is not None]
             if bands:
                 panels.append(Panel(title, direction, tuple(bands)))
         return cls(tuple(panels), labels) if panels else None
@@ -251,12 +254,10 @@ class Learning:
         return tag("div", tag("h3", f"{panel.title} {arrow}"), plot, cls="panel")
 
 
-def _band(material: Material, label: str, keys: Sequence[tuple[str, str]]) -> Band | None:
+def _band(label: str, curves: Sequence[Sequence[Point]], keys: Sequence[tuple[str, str]]) -> Band | None:
     """A method's values, mean over the keys, per epoch that all its seeds have."""
     series = []
-    for run, curve in zip(material.runs, material.curves, strict=True):
-        if run.label != label:
-            continue
+    for curve in curves:
         values = {}
         for point in curve:
             found = [point.values[t][m] for t, m in keys if m in point.values.get(t, {})]

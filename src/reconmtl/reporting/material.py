@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from reconmtl.collecting import LeftOut, find_runs
 from reconmtl.comparing import Comparison, compare
 from reconmtl.conflicts import ConflictLog
 from reconmtl.errors import ReconError, RunError
@@ -38,13 +39,14 @@ class Material:
         refused: Why there is no comparison.
         log: What the ranking is made of: the probe's log, else the record of a training without a split.
         log_source: Where it comes from, in words.
+        log_path: Its folder, if it has one.
         plan: What was split.
         severity: S that conflicts are counted with.
         curves: Evaluations of each run, by its position in `runs`.
         problem: Name of the problem.
         command: The command line that made the runs.
         environment: `env.json` of the study, or of the first run.
-        remarks: Sentences about what is missing or odd.
+        recordings: Further logs of the undivided network, by name: other seeds.
         given: The paths that were asked for, as given.
         study: The folder of a study.
     """
@@ -59,8 +61,9 @@ class Material:
     curves: tuple[tuple[Point, ...], ...]
     problem: str
     command: str | None
+    log_path: Path | None = None
     environment: dict[str, Any] = field(default_factory=dict)
-    remarks: tuple[str, ...] = ()
+    recordings: tuple[tuple[str, ConflictLog], ...] = ()
     given: tuple[str, ...] = ()
     study: Path | None = None
 
@@ -75,18 +78,15 @@ class Material:
 
     @property
     def labels(self) -> dict[str, list[Run]]:
-        """Runs by their label, in order of appearance."""
-        groups: dict[str, list[Run]] = {}
-        for run in self.runs:
-            groups.setdefault(run.label, []).append(run)
-        return groups
+        """The runs that can be compared, by the label of their row."""
+        return {} if self.comparison is None else {row.label: list(row.runs) for row in self.comparison.rows}
 
 
 def gather(runs: Sequence[Run | str | Path] | Run | str | Path) -> Material:
     """Read what a report needs.
 
     Args:
-        runs: Runs, and folders: of a study, of a method with a `seed<k>` folder per seed, of one run, or of a log.
+        runs: Runs, and folders: of a study or sweep, of a method with its seeds, of one run, of a probe, or of a log.
 
     Raises:
         ReconError: If there is nothing to show, a folder is none of these, or a file in it is damaged; it is named.
@@ -94,61 +94,69 @@ def gather(runs: Sequence[Run | str | Path] | Run | str | Path) -> Material:
     items = [runs] if isinstance(runs, Run | str | Path) else list(runs)
     if not items:
         raise RunError("There is nothing to report on: give runs, or folders of runs.")
-    found: list[Run] = []
-    logs: list[tuple[Path, ConflictLog]] = []
-    remarks: list[str] = []
-    studies: list[Path] = []
+    found = _Found()
     faults: list[str] = []
     for item in items:
         try:
             if isinstance(item, Run):
-                found.append(item)
-                studies += [f for f in (_study_of(item.path),) if f is not None]
+                found.add([item])
             else:
-                _read(Path(item), found, logs, studies, remarks)
+                _read(Path(item), found)
         except ReconError as error:
             faults.append(str(error))
     if faults:
         raise RunError("\n".join(faults))
-    return _assemble(items, found, logs, list(dict.fromkeys(studies)), remarks)
+    return _assemble(items, found)
 
 
-def _assemble(
-    items: Sequence[Run | str | Path],
-    runs: list[Run],
-    logs: list[tuple[Path, ConflictLog]],
-    studies: list[Path],
-    remarks: list[str],
-) -> Material:
-    study = studies[0] if studies else None
+@dataclass
+class _Found:
+    """What folders hold."""
+
+    runs: list[Run] = field(default_factory=list)
+    missing: list[LeftOut] = field(default_factory=list)
+    logs: list[tuple[Path, ConflictLog]] = field(default_factory=list)
+    recordings: list[tuple[str, ConflictLog]] = field(default_factory=list)
+    studies: list[Path] = field(default_factory=list)
+
+    def add(self, runs: Sequence[Run]) -> None:
+        """Take runs, each folder once, and note their studies."""
+        known = {r.path.resolve() for r in self.runs if r.path is not None}
+        new = [r for r in runs if r.path is None or r.path.resolve() not in known]
+        self.runs += new
+        self.studies += [f for f in (_study_of(r.path) for r in new) if f is not None]
+
+
+def _assemble(items: Sequence[Run | str | Path], found: _Found) -> Material:
+    runs, logs = found.runs, found.logs
+    study = found.studies[0] if found.studies else None
     config = read_json(study / "config.json", RunError) if study is not None else {}
     if study is not None and (study / "log" / "log.json").exists():
         logs.insert(0, (study / "log", ConflictLog.load(study / "log")))
-    log, source = _log(logs, runs)
+    log, source, where = _log(logs, runs)
     plan = _plan(study, runs)
-    comparison, refused = None, "" if runs else "No finished run was given, only a log."
+    comparison, refused = None, "No finished run was given, only a log."
     if runs:
-        try:
-            comparison = compare(runs)
-            remarks += [f"Not compared with the others: {out.run}: {out.reason}." for out in comparison.left_out]
-        except RunError as error:
-            refused = str(error)
+        comparison = compare(runs, left_out=found.missing)
     sources = [f for f in (study, *(r.path for r in runs), *(p for p, _ in logs)) if f is not None]
     environment: dict[str, Any] = next((e for e in map(_environment, sources) if e), {})
-    problem = config.get("problem") or next((r.config.get("problem") for r in runs if r.config.get("problem")), None)
+    configs = [config, *(r.config for r in runs), *(_config(p.parent) for p, _ in logs)]
+    problem = next((c["problem"] for c in configs if isinstance(c, dict) and c.get("problem")), "")
+    unsplit = [(f"{r.label}, seed {r.seed}", r.log) for r in runs if r.log is not None and r.plan is None]
     return Material(
         runs=tuple(runs),
         comparison=comparison,
         refused=refused,
         log=log,
         log_source=source,
+        log_path=where,
         plan=plan,
         severity=_severity(plan, config),
         curves=tuple(tuple(_curve(r.path)) for r in runs),
-        problem=str(problem or ""),
+        problem=str(problem),
         command=_command(environment.get("command")),
         environment=environment,
-        remarks=tuple(remarks),
+        recordings=tuple((n, of) for n, of in [*found.recordings, *unsplit] if of is not log),
         given=tuple(str(i.path or i.label) if isinstance(i, Run) else str(i) for i in items),
         study=study,
     )
@@ -170,56 +178,43 @@ def _is_study(folder: Path) -> bool:
     return isinstance(config, dict) and str(config.get("format")).startswith("reconmtl.study/")
 
 
-def _read(
-    path: Path, runs: list[Run], logs: list[tuple[Path, ConflictLog]], studies: list[Path], remarks: list[str]
-) -> None:
+def _read(path: Path, found: _Found) -> None:
     """Read one folder that was asked for."""
-    if (path / "result.json").exists():
-        runs.append(Run.load(path))
-        studies += [f for f in (_study_of(path),) if f is not None]
-        return
-    if (path / "log.json").exists():
-        logs.append((path, ConflictLog.load(path)))
-        return
+    kinds = "Give the folder of a study, of a method, of one run, of a probe, or of a log."
     if not path.is_dir():
-        raise RunError(f"There is no folder {path}. Give the folder of a study, of a method, of one run, or of a log.")
-    study = _is_study(path)
-    if study:
-        studies.append(path)
-    inside = sorted({f.parent for depth in ("*", "*/*") for f in path.glob(f"{depth}/config.json")}, key=_by_number)
-    methods = read_json(path / "config.json", RunError).get("methods") if study else None
-    if isinstance(methods, list):  # the order in which they were asked for
-        place = {str(m): i for i, m in enumerate(methods)}
-        inside.sort(key=lambda f: place.get(f.parent.name, len(place)))
-    finished = [f for f in inside if (f / "result.json").exists()]
-    runs += [Run.load(f) for f in finished]
-    studies += [s for f in finished for s in (_study_of(f),) if s is not None]
-    remarks += [f"{f} holds no result yet; continue it with --resume." for f in inside if f not in finished]
-    if (path / "log" / "log.json").exists() and not study:
-        logs.append((path / "log", ConflictLog.load(path / "log")))
-    if not finished and not (path / "log" / "log.json").exists():
-        raise RunError(
-            f"{path} holds neither a finished run (result.json) nor a log (log.json). Give the folder of a study, of a "
-            "method, of one run, or of a log."
-        )
+        raise RunError(f"There is no folder {path}. {kinds}")
+    if (path / "log.json").exists():
+        found.logs.append((path, ConflictLog.load(path)))
+        return
+    if _is_study(path):
+        found.studies.append(path)
+    probed = (path / "log" / "log.json").exists() and not (path / "result.json").exists()
+    try:
+        runs, missing = find_runs([path])
+    except RunError as error:
+        if not probed:
+            raise RunError(f"{error} {kinds}") from None
+    else:
+        found.add(runs)
+        found.missing += missing
+    if probed and path not in found.studies:
+        found.logs.append((path / "log", ConflictLog.load(path / "log")))
+    for file in sorted(path.glob("seed*/log/log.json")):  # a probe of several seeds, which `log` holds together
+        if probed and not (file.parents[1] / "config.json").exists():
+            found.recordings.append((f"the probe of {file.parents[1].name}", ConflictLog.load(file.parent)))
 
 
-def _by_number(folder: Path) -> tuple[str, int, str]:
-    """Order seed2 before seed10."""
-    digits = "".join(c for c in folder.name if c.isdecimal())
-    return str(folder.parent), int(digits) if digits else -1, folder.name
-
-
-def _log(logs: Sequence[tuple[Path, ConflictLog]], runs: Sequence[Run]) -> tuple[ConflictLog | None, str]:
+def _log(logs: Sequence[tuple[Path, ConflictLog]], runs: Sequence[Run]) -> tuple[ConflictLog | None, str, Path | None]:
+    """The log to rank by, where it comes from, and its folder."""
     if logs:
         path, log = logs[0]
-        return log, f"the probe's log in {path}"
+        return log, f"the probe's log in {path}", path
     recorded = [r for r in runs if r.log is not None]
-    unsplit = [r for r in recorded if r.plan is None]
-    for run in [*unsplit, *recorded]:
+    for run in [*(r for r in recorded if r.plan is None), *recorded]:
         kind = "" if run.plan is None else ", whose split layers are not in it"
-        return run.log, f"the record of {run.label}, seed {run.seed}{kind}"
-    return None, ""
+        folder = None if run.path is None else run.path / "log"
+        return run.log, f"the record of {run.label}, seed {run.seed}{kind}", folder
+    return None, "", None
 
 
 def _plan(study: Path | None, runs: Sequence[Run]) -> Plan | None:
@@ -236,6 +231,10 @@ def _severity(plan: Plan | None, config: object) -> float:
         if isinstance(value, int | float) and not isinstance(value, bool) and -1 < value <= 0:
             return float(value)
     return SEVERITY
+
+
+def _config(folder: Path) -> object:
+    return read_json(folder / "config.json", RunError) if (folder / "config.json").exists() else None
 
 
 def _environment(folder: Path) -> dict[str, Any] | None:

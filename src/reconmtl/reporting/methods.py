@@ -157,7 +157,9 @@ def section(material: Material) -> Section:
         key="comparison",
         short="Methods",
         title="Methods side by side",
-        body=None if found is None else join(gains(found), table(found)),
+        body=None
+        if found is None
+        else join(gains(found), table(found), [tag("p", minus(note), cls="note") for note in found.notes()]),
         conclusion=f"There is no comparison. {material.refused}" if found is None else conclusion(found),
         command=proposals.control(material),
         purpose="Compare with splits of the same size at other layers",

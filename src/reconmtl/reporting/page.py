@@ -146,7 +146,6 @@ def _top(material: Material, parts: Sequence[Section]) -> Html:
         tag("p", " · ".join(about), cls="about"),
         tag("p", minus(lead), cls="lead"),
         tag("div", _tiles(material), cls="tiles"),
-        [tag("p", remark, cls="note") for remark in material.remarks],
         cls="top",
     )
 

@@ -45,9 +45,14 @@ def other_k(material: Material) -> str:
 
 
 def other_severity(material: Material) -> str:
-    """Another S."""
+    """Another S: a log answers that without training again."""
     s = 0.0 if material.severity < 0 else -0.1
-    return _repeat(material, methods=["single", "joint", "recon"], severity=[f"{s:g}"], out=[f"runs/s{abs(s):g}"])
+    log = material.log_path
+    if log is None:
+        return _repeat(material, methods=["recon"], severity=[f"{s:g}"], out=[f"runs/s{abs(s):g}"])
+    k = len(material.plan.layers) if material.plan is not None and material.plan.layers else 10
+    words = ["reconmtl", "rank", str(log), *_joined(["--severity", f"{s:g}"]), "--top", str(k), "--out", "plan.json"]
+    return shlex.join(words)
 
 
 def longer_probe(material: Material) -> str:

@@ -178,18 +178,11 @@ def _seeds(material: Material) -> list[tuple[str, float]]:
     """Distances from the rankings of other recordings of the undivided network."""
     assert material.log is not None
     mine = material.log.rank(severity=material.severity)
-    out = []
-    for run in material.runs:
-        log = run.log
-        if log is None or log is material.log or run.plan is not None or set(log.layers) != set(mine.layers):
-            continue
-        out.append(
-            (
-                f"this ranking and that of {run.label}, seed {run.seed}",
-                mine.distance(log.rank(severity=material.severity)),
-            )
-        )
-    return out
+    return [
+        (f"this ranking and that of {name}", mine.distance(log.rank(severity=material.severity)))
+        for name, log in material.recordings
+        if set(log.layers) == set(mine.layers)
+    ]
 
 
 def section(material: Material, windows: Windows | None) -> Section:
