@@ -1,14 +1,17 @@
 """Folders and runs become what a report is about; damage is named."""
 
 import dataclasses
+import json
 from pathlib import Path
 
 import pytest
 
 from reconmtl.errors import RunError
 from reconmtl.reporting.material import gather
+from reconmtl.reporting.stability import Stability
+from reconmtl.reporting.windows import Windows
 from reconmtl.runs import Run
-from studies import network_names, write_study
+from studies import conflict_log, network_names, write_study
 
 
 @pytest.fixture(scope="module")
@@ -44,3 +47,21 @@ def test_folders_of_methods_and_runs_find_their_study(study: Path) -> None:
 
 def _without_log(study: Path) -> list[Run]:
     return [dataclasses.replace(r, path=None) for r in gather(study).runs]
+
+
+def test_a_probe_of_several_seeds_is_ranked_as_one_and_compared_seed_by_seed(tmp_path: Path) -> None:
+    names = network_names(6)
+    logs = [conflict_log(tasks=["a", "b"], layers=names, steps=20, seed=s) for s in (0, 1)]
+    for seed, log in enumerate(logs):
+        log.save(tmp_path / "p" / f"seed{seed}" / "log")
+    logs[0].merge(logs[1:]).save(tmp_path / "p" / "log")
+    for kind in ("reconmtl.study/1", "reconmtl.config/1"):
+        config = {"format": kind, "problem": "mine.py:make", "command": "probe"}
+        (tmp_path / "p" / "config.json").write_text(json.dumps(config))
+        found = gather(tmp_path / "p")
+        assert found.log is not None and found.log.steps == 40 and found.problem == "mine.py:make"
+        assert [name for name, _ in found.recordings] == ["the probe of seed0", "the probe of seed1"]
+        stable = Stability.of(found, Windows.of(found.log, severity=-0.1))
+        assert stable is not None
+        ranking = found.log.rank(severity=-0.1)
+        assert [d for _, d in stable.seeds] == [ranking.distance(log.rank(severity=-0.1)) for log in logs]
