@@ -2,21 +2,17 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from reconmtl.errors import DataError, ProblemError
-from reconmtl.evaluation import Machine
-from reconmtl.faults import check
+from reconmtl.errors import DataError
 from reconmtl.problems import cityscapes, nyuv2
 from reconmtl.problems.dense_files import DenseFolder, Layout, enlarged, mirrored
-from reconmtl.problems.rooms import COARSE, draw
-from reconmtl.problems.rooms_files import BASELINE, write_npy_folders
-from reconmtl.train import fit
+from reconmtl.problems.rooms import draw
+from reconmtl.problems.rooms_files import write_npy_folders
 
 COUNTS = {"train": 8, "val": 3}
 SIZE = (32, 48)
@@ -26,24 +22,6 @@ few = pytest.mark.filterwarnings("ignore:.*published are:UserWarning")
 def folder(tmp_path: Path, name: str) -> Path:
     write_npy_folders(tmp_path / name, name, counts=COUNTS, size=SIZE)
     return tmp_path / name
-
-
-@few
-def test_files_hold_what_was_drawn(tmp_path: Path) -> None:
-    room = draw(1, size=SIZE)
-    image, targets = DenseFolder(folder(tmp_path, "nyuv2"), "train", layout=nyuv2.LAYOUT)[1]
-    assert torch.allclose(image, torch.from_numpy(room.image / 255).float())
-    assert torch.equal(targets["semantic"], torch.from_numpy(room.semantic).long())
-    assert torch.equal(targets["depth"][0], torch.from_numpy(room.depth))
-    assert torch.equal(targets["normal"], torch.from_numpy(room.normal))
-    data = DenseFolder(folder(tmp_path, "cityscapes"), "train", layout=cityscapes.LAYOUT, tasks=["depth", "semantic"])
-    _, targets = data[1]
-    assert list(targets) == ["depth", "semantic"]
-    near = room.depth > 0
-    assert np.allclose(targets["depth"][0].numpy()[near], BASELINE / room.depth[near])
-    assert (targets["depth"][0].numpy()[~near] == 0).all()
-    labels = targets["semantic"].numpy()
-    assert np.array_equal(labels, np.where(room.semantic < 0, -1, np.array(COARSE)[room.semantic]))
 
 
 @few
@@ -175,29 +153,3 @@ def test_all_faults_are_listed_at_once_and_later_ones_when_they_are_read(tmp_pat
 def test_other_counts_than_the_published_ones_are_a_warning(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="8 samples, published are 795"):
         DenseFolder(folder(tmp_path, "nyuv2"), "train", layout=nyuv2.LAYOUT)
-
-
-@few
-@pytest.mark.parametrize(
-    ("module", "network"),
-    [(cityscapes, "segnet"), (nyuv2, "segnet"), pytest.param(nyuv2, "mtan", marks=pytest.mark.slow)],
-)
-def test_the_problem_passes_its_check_and_trains(module: ModuleType, network: str, tmp_path: Path) -> None:
-    root = folder(tmp_path, module.LAYOUT.name)
-    problem = module.make(root=root, network=network, width=2)
-    problem = problem.replace(recipe=problem.recipe.override(batch_size=2))
-    assert not check(problem).faults
-    (run,) = fit(problem, epochs=1, machine=Machine(accelerator="cpu", max_batches=1))
-    assert set(run.metrics) == set(problem.task_names)
-    single = problem.single("depth")
-    assert set(single(torch.rand(2, 3, *SIZE))) == {"depth"}
-
-
-def test_without_a_folder_it_is_said_where_to_get_it() -> None:
-    for module in (cityscapes, nyuv2):
-        with pytest.raises(DataError, match=r"--root DIR.*lorenmt/mtan"):
-            module.make()
-        with pytest.raises(ProblemError, match="Nearest: 'depth'"):
-            module.make(tasks=["dept"])
-        with pytest.raises(ProblemError, match="Nearest: 'segnet'"):
-            module.make(network="segnett")
