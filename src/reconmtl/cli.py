@@ -103,7 +103,10 @@ def _dispatch(words: list[str]) -> int:
     if first not in COMMANDS:
         raise ConfigError(f"Unknown command {first!r}. {nearest(first, COMMANDS)} See `reconmtl --help`.")
     options, faults = parse(first, words[1:])
-    return COMMANDS[first].act(options, faults)
+    with redirect_stdout(sys.stderr):  # what a user's code prints must not get into the result
+        code, text = COMMANDS[first].act(options, faults)
+    print(text)
+    return code
 
 
 def overview() -> str:

@@ -29,18 +29,20 @@ if TYPE_CHECKING:
 
 Faults = Sequence[str]
 """What is wrong with the file of options, to be reported together with the rest."""
+Answer = tuple[int, str]
+"""Exit code, and the result as text or JSON: printed by the caller, so that nothing else gets between."""
 
 
 @dataclass(frozen=True)
 class Command:
-    """One command: its options, and the function that takes them and returns the exit code."""
+    """One command: its options, and the function that takes them and returns the exit code and what to print."""
 
     options: type
-    act: Callable[[Any, Faults], int]
+    act: Callable[[Any, Faults], Answer]
 
 
-def _show(options: Any, data: object, text: str) -> None:  # noqa: ANN401 any command's
-    print(json.dumps(data) if options.json else text)
+def _answer(options: Any, data: object, text: str, code: int = 0) -> Answer:  # noqa: ANN401 any command's
+    return code, json.dumps(data) if options.json else text
 
 
 def _stop(faults: Faults) -> None:
@@ -48,7 +50,7 @@ def _stop(faults: Faults) -> None:
         raise ConfigError("\n".join(faults))
 
 
-def ls(options: LsSettings, faults: Faults) -> int:
+def ls(options: LsSettings, faults: Faults) -> Answer:
     """List the ready problems."""
     from reconmtl.choices import find_problem
     from reconmtl.problems import READY
@@ -61,8 +63,7 @@ def ls(options: LsSettings, faults: Faults) -> int:
         data.append({"name": name, "about": about, "presets": {n: asdict(p) for n, p in presets.items()}})
         lines.append(f"{name:14}{about}")
         lines += [f"{'':14}--preset {n}: {_scale(p)}" for n, p in presets.items()]
-    _show(options, data, "\n".join(lines))
-    return 0
+    return _answer(options, data, "\n".join(lines))
 
 
 def _scale(preset: Preset) -> str:
@@ -74,7 +75,7 @@ def _scale(preset: Preset) -> str:
     )
 
 
-def data(options: DataSettings, faults: Faults) -> int:
+def data(options: DataSettings, faults: Faults) -> Answer:
     """Build the full data set of a ready problem."""
     from reconmtl.problems import idx, multifashion_data
 
@@ -89,19 +90,17 @@ def data(options: DataSettings, faults: Faults) -> int:
         idx.download(source)
     folder = multifashion_data.build_full(source, cache=options.cache, seed=options.seed, overwrite=options.overwrite)
     text = f"Multi-Fashion+MNIST is in {folder}; `reconmtl run multifashion --preset paper` finds it there."
-    _show(options, {"problem": options.problem, "folder": str(folder)}, text)
-    return 0
+    return _answer(options, {"problem": options.problem, "folder": str(folder)}, text)
 
 
-def check(options: CheckSettings, faults: Faults) -> int:
+def check(options: CheckSettings, faults: Faults) -> Answer:
     """Report every fault of a problem."""
     from reconmtl.choices import problem_factory
     from reconmtl.faults import check as look
 
     make = problem_factory(_settings(options), faults)
     checked = look(make)
-    _show(options, checked.to_dict(), str(checked))
-    return 0 if checked.ok else 2
+    return _answer(options, checked.to_dict(), str(checked), 0 if checked.ok else 2)
 
 
 def _settings(options: Any, **more: Any) -> Settings:  # noqa: ANN401 any command with a problem
@@ -110,7 +109,7 @@ def _settings(options: Any, **more: Any) -> Settings:  # noqa: ANN401 any comman
     return Settings(**{n: getattr(options, n) for n in names}, **more)
 
 
-def probe(options: ProbeSettings, faults: Faults) -> int:
+def probe(options: ProbeSettings, faults: Faults) -> Answer:
     """Record how the tasks' gradients relate."""
     from reconmtl.conflicts import ConflictLog
     from reconmtl.jobs import Job
@@ -132,11 +131,10 @@ def probe(options: ProbeSettings, faults: Faults) -> int:
     where = folder / "log"
     data = {"log": str(where), "steps": log.steps, "tasks": list(log.tasks), "layers": list(log.layers)}
     text = f"Measured {log.steps} steps at {len(log.layers)} layers that tasks share: {where}"
-    _show(options, data, f"{text}\nNext: reconmtl rank {where} --top K -o {folder / 'plan.json'}")
-    return 0
+    return _answer(options, data, f"{text}\nNext: reconmtl rank {where} --top K -o {folder / 'plan.json'}")
 
 
-def rank(options: RankSettings, faults: Faults) -> int:
+def rank(options: RankSettings, faults: Faults) -> Answer:
     """Order layers by their conflicts, and write a plan."""
     from reconmtl.conflicts import ConflictLog, check_severity
     from reconmtl.jobs import plan_by
@@ -190,11 +188,10 @@ def rank(options: RankSettings, faults: Faults) -> int:
             f"This plan splits {len(plan)} of {len(log.layers)} layers and adds {added:,} parameters "
             f"({added * 4 / 2**20:.2f} MB)." + (f" It is in {options.out}." if options.out else "")
         )
-    _show(options, data, "\n\n".join(lines))
-    return 0
+    return _answer(options, data, "\n\n".join(lines))
 
 
-def fit(options: FitSettings, faults: Faults) -> int:
+def fit(options: FitSettings, faults: Faults) -> Answer:
     """Train one method, once per seed."""
     from reconmtl.choices import load_problem
     from reconmtl.comparing import compare as side_by_side
@@ -232,8 +229,7 @@ def fit(options: FitSettings, faults: Faults) -> int:
     _do(options, jobs)
     problem = load_problem(decided)
     comparison = side_by_side([open_run(folder / f"seed{s}", problem) for s in decided.seeds])
-    _show(options, {"folder": str(folder), **comparison.to_dict()}, f"{comparison}\n\nResults: {folder}")
-    return 0
+    return _answer(options, {"folder": str(folder), **comparison.to_dict()}, f"{comparison}\n\nResults: {folder}")
 
 
 def _decide(settings: Settings, faults: Faults, plan: Any = None) -> Decided:  # noqa: ANN401 a Plan or None
@@ -272,27 +268,26 @@ def _do(options: Any, todo: Sequence[Any]) -> None:  # noqa: ANN401
         run_jobs(todo, workers, done=lambda _: None, failed=first_failure)
 
 
-def run(options: Settings, faults: Faults) -> int:
+def run(options: Settings, faults: Faults) -> Answer:
     """Do the whole of Recon and its controls."""
     from reconmtl.study import run_study
 
     study = run_study(options, faults=faults)
     text = f"{study.text}\n\nResults: {study.folder} (table.md, comparison.json, plan.json, log/, a folder per method)"
-    _show(options, {"folder": str(study.folder), **study.comparison.to_dict()}, text)
-    return 0
+    return _answer(options, {"folder": str(study.folder), **study.comparison.to_dict()}, text)
 
 
-def sweep(options: SweepSettings, faults: Faults) -> int:
+def sweep(options: SweepSettings, faults: Faults) -> Answer:
     """Train methods x seeds x problems."""
     from reconmtl.sweeping import run_sweep
 
     done = run_sweep(options, faults=faults)
     kept = f" ({done.skipped} trainings were there already)" if done.skipped else ""
-    _show(options, done.to_dict(), f"{done.text}\n\nResults: {done.folder}{kept}")
-    return 3 if done.failures else 0
+    text = f"{done.text}\n\nResults: {done.folder}{kept}"
+    return _answer(options, done.to_dict(), text, 3 if done.failures else 0)
 
 
-def compare(options: CompareSettings, faults: Faults) -> int:
+def compare(options: CompareSettings, faults: Faults) -> Answer:
     """Put finished runs side by side."""
     from reconmtl.collecting import find_runs
     from reconmtl.comparing import compare as side_by_side
@@ -305,11 +300,10 @@ def compare(options: CompareSettings, faults: Faults) -> int:
     comparison = side_by_side(
         runs, baseline=options.baseline, against=options.against, threshold=options.threshold, left_out=missing
     )
-    print(comparison.to("json" if options.json else options.format))
-    return 0
+    return 0, comparison.to("json" if options.json else options.format)
 
 
-def report(options: ReportSettings, faults: Faults) -> int:
+def report(options: ReportSettings, faults: Faults) -> Answer:
     """Write a page about runs."""
     from reconmtl.reporting import report as write
 
@@ -320,8 +314,7 @@ def report(options: ReportSettings, faults: Faults) -> int:
     page = write(options.runs, to=options.to, figures=options.figures)
     figures = None if options.figures is None else str(options.figures)
     text = f"Report: {page}" + (f"; figures: {figures}" if figures else "")
-    _show(options, {"report": str(page), "figures": figures}, text)
-    return 0
+    return _answer(options, {"report": str(page), "figures": figures}, text)
 
 
 COMMANDS = {

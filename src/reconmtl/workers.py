@@ -197,6 +197,7 @@ def _perform(job: Job) -> None:
 def _start(mode: progress.Mode, lock: Any, slot: int, threads: int) -> None:  # noqa: ANN401 of multiprocessing
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process of a terminal; the parent ends us
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # while it trains, a training saves its state before it leaves
+    os.dup2(2, 1)  # stdout is for the result, which the parent prints
     threading.Thread(target=_follow, daemon=True).start()
     if torch.cuda.device_count() > 1:  # asks the driver only; a context is made later, on the one GPU that is left
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(torch.cuda.device_count())))).split(

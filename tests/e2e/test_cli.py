@@ -1,5 +1,6 @@
 """The command line as people and machines use it; a process of its own only where one is needed."""
 
+import json
 import os
 import shlex
 import signal
@@ -198,6 +199,17 @@ def test_your_own_problem_from_a_file(say: Say) -> None:
     )
     said = say("run", "mine.py:make", "--k", "2", "--jobs", "1")
     assert said.code == 0 and "blocks.4" in said.out and said.err == ""
+
+
+def test_what_a_problem_prints_does_not_get_into_the_result(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(
+        "import os\nfrom reconmtl.problems import planted\nprint('hello')\n"
+        "def make():\n    os.system('echo from a program')\n    return planted.make()\n"
+    )
+    done = _run("fit", "mine.py:make", "--epochs", "1", "--seeds", "0", "1", "--jobs", "2", "--json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    document = json.loads(done.stdout.replace("from a program\n", ""))  # of a program that this process started
+    assert document["rows"][0]["seeds"] == [0, 1] and "hello" in done.stderr
 
 
 def test_an_interrupted_study_leaves_no_process_behind_and_resumes(tmp_path: Path) -> None:
