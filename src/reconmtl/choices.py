@@ -19,6 +19,7 @@ from reconmtl.evaluation import Machine
 from reconmtl.loggers import Logger, Loggers, TensorBoard
 from reconmtl.problem import Problem
 from reconmtl.problems import READY
+from reconmtl.ranks import started
 from reconmtl.settings import BASES, METHODS, PLANS, Preset, Settings
 from reconmtl.train import check_seeds
 
@@ -49,6 +50,8 @@ class Decided:
     record: int
     norm_stats: Literal["per-task", "shared"]
     precision: str
+    processes: int
+    sync_batchnorm: bool
     max_batches: int | None
     note: str
 
@@ -212,6 +215,8 @@ def _fill(
         record=_first(settings.record, preset.record if preset else 1),
         norm_stats=settings.norm_stats,
         precision=settings.precision,
+        processes=started(),
+        sync_batchnorm=settings.sync_batchnorm,
         max_batches=None,
         note="",
     )
@@ -323,7 +328,7 @@ def _faults(settings: Settings) -> list[str]:
     faults += _message(lambda: check_severity(_first(settings.severity, 0.0)))
     if settings.k is not None and settings.k < 1:
         faults.append(f"K = {settings.k}: expected at least 1 layer.")
-    for name in ("width", "jobs"):
+    for name in ("width", "jobs", "devices"):
         value = getattr(settings, name)
         if value is not None and value < 1:
             faults.append(f"{name} = {value}: expected at least 1.")

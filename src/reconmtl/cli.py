@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
 import threading
 from collections.abc import Iterator, Sequence
@@ -14,7 +15,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from reconmtl.commands import COMMANDS
+from reconmtl.commands import COMMANDS, preflight
 from reconmtl.configuration import read_config
 from reconmtl.errors import ConfigError, Interrupted, ReconError, nearest
 from reconmtl.settings import File
@@ -103,10 +104,26 @@ def _dispatch(words: list[str]) -> int:
     if first not in COMMANDS:
         raise ConfigError(f"Unknown command {first!r}. {nearest(first, COMMANDS)} See `reconmtl --help`.")
     options, faults = parse(first, words[1:])
+    if (getattr(options, "devices", None) or 1) > 1 and "WORLD_SIZE" not in os.environ:
+        return _torchrun(options, faults, words)
     with redirect_stdout(sys.stderr):  # what a user's code prints must not get into the result
         code, text = COMMANDS[first].act(options, faults)
     print(text)
     return code
+
+
+def _torchrun(options: Any, faults: Sequence[str], words: Sequence[str]) -> int:  # noqa: ANN401 any command's
+    """Start the command again, in a process per device."""
+    preflight(options, faults)
+    start = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={options.devices}", "-m", "reconmtl"]
+    with subprocess.Popen([sys.executable, *start, *words]) as process:
+        try:
+            code = process.wait()
+        except KeyboardInterrupt:
+            process.send_signal(signal.SIGTERM)  # it hands this on, and each of them saves its state
+            process.wait()
+            raise
+    return code if code in EXIT_CODES else EXIT_BAD_INPUT
 
 
 def overview() -> str:

@@ -117,7 +117,7 @@ def probe(options: ProbeSettings, faults: Faults) -> Answer:
     decided = _decide(_settings(options, methods=("joint",)), faults)
     if options.seeds is None:
         decided = replace(decided, seeds=decided.seeds[:1])
-    folder = _folder(options, decided, "probe")
+    folder = _folder(options, decided)
     names = ["log"] if len(decided.seeds) == 1 else [f"seed{s}/log" for s in decided.seeds]
     jobs = [
         Job(decided, "probe", s, str(folder / n), accelerator=options.accelerator)
@@ -212,7 +212,7 @@ def fit(options: FitSettings, faults: Faults) -> Answer:
             found.append(str(error))
     settings = _settings(options, methods=(options.method if options.method in BASES else "joint",))
     decided = _decide(settings, found, plan)
-    folder = _folder(options, decided, options.method + (f"-{options.plan.stem}" if options.plan else ""))
+    folder = _folder(options, decided)
     given = None if options.plan is None else str(options.plan)
     jobs = [
         Job(
@@ -241,17 +241,35 @@ def _decide(settings: Settings, faults: Faults, plan: Any = None) -> Decided:  #
     return decided
 
 
-def _folder(options: Any, decided: Decided, what: str) -> Path:  # noqa: ANN401
-    """The folder of a command that is a part of a study: made, refused, or continued."""
+def preflight(options: Any, faults: Faults) -> None:  # noqa: ANN401
+    """Find out what is wrong in this process, before many are started; makes the folder."""
+    from reconmtl.runs import new_folder
+
+    decided = _decide(_settings(options), faults)
+    new_folder(_home(options, decided), resume=options.resume, overwrite=options.overwrite)
+
+
+def _home(options: Any, decided: Decided) -> Path:  # noqa: ANN401
+    """Where the results of `run`, and of commands that are a part of it, go."""
     from reconmtl.choices import default_folder
+
+    usual = default_folder(decided)
+    if options.out is not None or isinstance(options, Settings):
+        return options.out or usual
+    what = "probe" if isinstance(options, ProbeSettings) else options.method
+    plan = getattr(options, "plan", None)
+    return usual.with_name("-".join([usual.name, what, *([plan.stem] if plan else [])]))
+
+
+def _folder(options: Any, decided: Decided) -> Path:  # noqa: ANN401
+    """The folder of a command that is a part of a study: made, refused, or continued."""
     from reconmtl.evaluation import Machine
     from reconmtl.runs import new_folder
     from reconmtl.study import write_config
 
-    usual = default_folder(decided)
-    out = options.out or usual.with_name(f"{usual.name}-{what}")
+    home = _home(options, decided)
     ranks = Machine(accelerator=options.accelerator).ranks()
-    folder = ranks.first(lambda: new_folder(out, resume=options.resume, overwrite=options.overwrite))
+    folder = ranks.first(lambda: new_folder(home, resume=options.resume, overwrite=options.overwrite))
     ranks.first(lambda: write_config(folder, decided))
     return folder
 

@@ -62,7 +62,12 @@ def do(job: Job) -> None:
     """
     decided = job.decided
     problem = load_problem(decided)
-    machine = Machine(accelerator=job.accelerator, precision=decided.precision, max_batches=decided.max_batches)
+    machine = Machine(
+        accelerator=job.accelerator,
+        precision=decided.precision,
+        max_batches=decided.max_batches,
+        sync_batchnorm=decided.sync_batchnorm,
+    )
     if job.method == "probe":
         probe(problem, epochs=decided.probe_epochs, seed=job.seed, out=job.out, resume=True, machine=machine)
         return

@@ -134,6 +134,16 @@ class MachineOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ParallelOptions:
+    """Several devices for each training (data parallel)."""
+
+    devices: Int = None
+    """Processes of one device each that do every training together; each takes batches of the given size."""
+    sync_batchnorm: Flag = False
+    """Let their BatchNorms share statistics (not on CPUs); otherwise each normalises its own share of the batch."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class JobsOptions:
     """How many trainings run side by side."""
 
@@ -180,6 +190,7 @@ class Settings(
     SplittingOptions,
     RecordingOptions,
     MachineOptions,
+    ParallelOptions,
     JobsOptions,
     FolderOptions,
     OutputOptions,
@@ -200,6 +211,7 @@ class ProbeSettings(
     TrainingOptions,
     ProbingOptions,
     MachineOptions,
+    ParallelOptions,
     JobsOptions,
     FolderOptions,
     OutputOptions,
@@ -231,6 +243,7 @@ class FitSettings(
     TrainingOptions,
     RecordingOptions,
     MachineOptions,
+    ParallelOptions,
     JobsOptions,
     FolderOptions,
     OutputOptions,

@@ -212,6 +212,19 @@ def test_what_a_problem_prints_does_not_get_into_the_result(tmp_path: Path) -> N
     assert document["rows"][0]["seeds"] == [0, 1] and "hello" in done.stderr
 
 
+@pytest.mark.slow
+def test_several_devices_train_together_by_one_option(tmp_path: Path) -> None:
+    words = ("fit", "planted", "--epochs", "1", "--seeds", "0", "--accelerator", "cpu", "--json", "--out")
+    pair = _run(*words, "two", "--batch-size", "16", "--devices", "2", cwd=tmp_path)
+    assert pair.returncode == 0, pair.stderr
+    alone = _run(*words, "one", "--batch-size", "32", cwd=tmp_path)
+    for task in ("plus", "minus"):
+        values = [json.loads(done.stdout)["rows"][0]["metrics"][task]["mse"]["mean"] for done in (pair, alone)]
+        assert values[0] == pytest.approx(values[1], rel=1e-5)
+    again = _run(*words, "two", "--devices", "2", cwd=tmp_path)
+    assert again.returncode == 2 and again.stderr.startswith("error: The output folder two exists already")
+
+
 def test_an_interrupted_study_leaves_no_process_behind_and_resumes(tmp_path: Path) -> None:
     arguments = [
         "run",

@@ -26,7 +26,8 @@ def test_every_setting_is_an_option_of_the_command() -> None:
         --batch-size 8 --lr 0.5 --width 4 --network mtan --data full
         --root d --pretrained w.pth --probe-epochs 1 --severity -0.2 --k 3 --record 0
         --norm-stats shared --jobs 2 --accelerator cpu --precision bf16-mixed --resume --overwrite
-        --fast-dev-run --progress never --quiet --json --loggers tensorboard mine.py:Mine"""
+        --fast-dev-run --devices 2 --sync-batchnorm --progress never --quiet --json
+        --loggers tensorboard mine.py:Mine"""
     settings = parse(*line.split())
     expected = Settings(
         problem="file.py:make",
@@ -54,6 +55,8 @@ def test_every_setting_is_an_option_of_the_command() -> None:
         resume=True,
         overwrite=True,
         fast_dev_run=True,
+        devices=2,
+        sync_batchnorm=True,
         progress="never",
         quiet=True,
         json=True,
