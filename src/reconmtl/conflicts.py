@@ -335,12 +335,13 @@ class ConflictLog:
         if not isinstance(layers, list) or not all(
             isinstance(e, dict)
             and isinstance(e.get("name"), str)
-            and isinstance(e.get("parameters"), int)
+            and type(e.get("parameters")) is int
+            and 0 <= e["parameters"] < 2**53
             and isinstance(e.get("type"), str)
             for e in layers
         ):
             raise RunError(f"{source}: field 'layers' should list objects with name, parameters and type.")
-        if not isinstance(every, int) or every < 1:
+        if type(every) is not int or not 1 <= every < 2**53:
             raise RunError(f"{source}: field 'every' should be a positive whole number.")
         kind = data.get("record", "grams")
         if kind not in ("grams", "counts"):
@@ -352,7 +353,7 @@ class ConflictLog:
             record = content["grams"] if kind == "grams" else Counts.from_tensors(content)
         except FileNotFoundError:
             raise RunError(f"There is no file {file}.") from None
-        except (OSError, KeyError, SafetensorError) as cause:
+        except (OSError, KeyError, SafetensorError, RunError) as cause:
             raise RunError(
                 f"{file} cannot be read as a log's {'Gram matrices' if kind == 'grams' else 'counts'}: {cause}."
             ) from None

@@ -147,13 +147,25 @@ class Counts:
             RunError: If they do not belong together.
         """
         content = dict(tensors)
-        out = cls(
-            **{k: content[k] for k in ("layers", "whole", "pairs", "lengths", "power")}, dtype=content["dtype"].dtype
-        )
+        kinds = {"layers": torch.int32, "whole": torch.int32, "pairs": torch.int32, "lengths": torch.int64}
+        wrong = [n for n, kind in (kinds | {"power": torch.float64}).items() if content[n].dtype != kind]
+        if wrong or not content["dtype"].dtype.is_floating_point:
+            raise RunError(f"its counts have other types than expected: {', '.join(wrong) or 'dtype'}")
+        out = cls(**{k: content[k] for k in (*kinds, "power")}, dtype=content["dtype"].dtype)
         windows, layers = out.lengths.numel(), out.power.numel()
         fine = 2 * GRID + 1
         if tuple(out.layers.shape) != (windows, layers, fine) or tuple(out.whole.shape) != (windows, fine):
             raise RunError(f"its counts have shapes {list(out.layers.shape)} and {list(out.whole.shape)}")
+        if out.pairs.ndim != 3 or out.pairs.shape[0] != layers or out.pairs.shape[2] != 2 * COARSE + 1:
+            raise RunError(f"its counts of pairs have shape {list(out.pairs.shape)}")
+        if out.lengths.ndim != 1 or out.power.ndim != 1 or not 0 <= float(out.lengths.double().sum()) < 2**53:
+            raise RunError(f"its counts are of {out.lengths.tolist()!r:.80} steps")
+        most = out.steps * out.pairs.shape[1]  # cosines that can have been counted, per layer and in all
+        sums = (out.whole.sum(), out.layers.sum((0, 2)), out.pairs.sum((1, 2)))  # of int32 as int64
+        counted = torch.cat([t.flatten() for t in sums])
+        negative = any(bool((t < 0).any()) for t in (out.layers, out.whole, out.pairs, out.lengths))
+        if negative or bool((counted > most).any()):
+            raise RunError(f"its counts are negative, or more than the {most} cosines of {out.steps} steps")
         return out
 
     def window(self, start: int, stop: int) -> Counts:

@@ -117,7 +117,7 @@ class Run:
         data = read_json(source, RunError)
         if not isinstance(data, dict) or data.get("format") != FORMAT:
             raise RunError(f"{source}: field 'format' should be {FORMAT!r}.")
-        kinds: dict[str, type | tuple[type, ...]] = {
+        kinds: dict[str, type] = {
             "method": str,
             "label": str,
             "seed": int,
@@ -127,7 +127,8 @@ class Run:
             "fingerprint": str,
             "network": str,
         }
-        wrong = [n for n, kind in kinds.items() if not isinstance(data.get(n), kind)]
+        wrong = [n for n, kind in kinds.items() if type(data.get(n)) is not kind]
+        wrong += [n for n in ("seed", "parameters") if n not in wrong and not 0 <= data[n] < 2**53]
         if wrong:
             raise RunError(f"{source}: missing or wrong fields: {', '.join(wrong)}.")
         try:

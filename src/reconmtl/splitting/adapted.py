@@ -249,7 +249,7 @@ def read_extra_state(state: object) -> dict[str, Any]:
         content = json.loads(bytes(state.to(torch.uint8).tolist()).decode())
         if not isinstance(content, dict) or not isinstance(content.get("plan"), dict):
             raise ValueError
-    except (ValueError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise SplitError(
             f"The state's {EXTRA!r} does not hold the plan of a split model, but {str(state)[:80]}. Was it averaged "
             "or cast?"
