@@ -21,16 +21,20 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
+from itertools import combinations, pairwise
 from pathlib import Path
-from statistics import median, quantiles
+from statistics import fmean, median, quantiles
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from probe_rows import CORE, ROWS, Steps
 from workloads import Workload, workloads
 
 import reconmtl as rm
+from reconmtl.gram import Gradients
 from reconmtl.problems import multifashion
 from reconmtl.schedule import REHEARSAL, Schedule
 
@@ -156,10 +160,45 @@ def environment(device: str) -> dict[str, Any]:
     return {"python": platform.python_version(), **versions, "machine": name, "load": round(os.getloadavg()[0], 1)}
 
 
+class Watch:
+    """Notes when each step of a training ends, by process time, and whether it was measured."""
+
+    def __init__(self) -> None:
+        self.ends: list[float] = []
+        self.measured: list[bool] = []
+
+    @contextmanager
+    def over(self) -> Iterator[None]:
+        """Watch every probe that is used inside."""
+        backward, sweep, watch = rm.Probe.backward, Gradients.sweep, self
+        seen = [False]
+
+        def noted(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 whatever they are
+            seen[0] = True
+            return sweep(*args, **kwargs)
+
+        def timed(*args: Any, **kwargs: Any) -> None:  # noqa: ANN401
+            seen[0] = False
+            backward(*args, **kwargs)
+            watch.ends.append(time.process_time())
+            watch.measured.append(seen[0])
+
+        with patch.object(rm.Probe, "backward", timed), patch.object(Gradients, "sweep", noted):
+            yield
+
+    def ratios(self) -> tuple[float, float]:
+        """Mean step of all, and mean measured step, as ratios to the mean of the steps that were not measured."""
+        steps = [b - a for a, b in pairwise(self.ends)]
+        kinds = self.measured[1:]
+        plain = fmean(s for s, m in zip(steps, kinds, strict=True) if not m)
+        return fmean(steps) / plain, fmean(s for s, m in zip(steps, kinds, strict=True) if m) / plain
+
+
 def training(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Train Multi-Fashion+MNIST, small, with a budget and without: what it costs, and how far the rankings differ.
 
-    Yields what is known after each seed.
+    What it costs is read off one training, in which measured steps and others take turns. Yields what is known after
+    each seed.
     """
     options = multifashion.PRESETS["demo"]
     epochs = 1 if arguments.quick else multifashion.PRESETS["paper"].probe_epochs
@@ -167,29 +206,26 @@ def training(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
     problem = problem.replace(
         recipe=problem.recipe.override(epochs=epochs, batch_size=options.batch_size, lr=options.lr)
     )
-    kinds: dict[str, dict[str, Any]] = {"joint": {"every": 10**9}, "budget": {"overhead": 0.1}, "every_step": {}}
-    rm.probe(problem.replace(recipe=problem.recipe.override(epochs=1)), epochs=1)  # warms up
-    logs, seconds = {}, {}
+    budget, every, ratios = [], [], []
     for seed in range(2):
-        for kind in kinds if seed % 2 else [*kinds][::-1]:
-            began = time.process_time()
-            logs[kind, seed] = rm.probe(problem, epochs=epochs, seed=seed, **kinds[kind])
-            seconds[kind, seed] = time.process_time() - began
-        ranked = {key: log.rank(severity=options.severity) for key, log in logs.items()}
-        seeds = range(seed + 1)
+        watch = Watch()
+        with watch.over():
+            log = rm.probe(problem, epochs=epochs, seed=seed, overhead=0.1)
+        ratios.append(watch.ratios())
+        budget.append(log)
+        every.append(rm.probe(problem, epochs=epochs, seed=seed))
+        few, all_ = ([log.rank(severity=options.severity) for log in logs] for logs in (budget, every))
         yield {
             "problem": f"Multi-Fashion+MNIST, 12,000 images, ResNet18 width 8, {epochs} epochs of batch "
             f"{options.batch_size}, S = {options.severity}",
-            "seeds": [*seeds],
-            "measured_steps": [logs["budget", s].steps for s in seeds],
-            "all_steps": logs["every_step", 0].steps,
-            "budget_per_joint": [seconds["budget", s] / seconds["joint", s] for s in seeds],
-            "every_step_per_joint": [seconds["every_step", s] / seconds["joint", s] for s in seeds],
-            "distance_to_every_step": [ranked["budget", s].distance(ranked["every_step", s]) for s in seeds],
-            "distance_between_seeds": [
-                ranked["every_step", s].distance(ranked["every_step", t]) for s in seeds for t in seeds if s < t
-            ],
-            "layers": len(ranked["budget", 0].layers),
+            "seeds": list(range(seed + 1)),
+            "measured_steps": [log.steps for log in budget],
+            "all_steps": every[0].steps,
+            "budget_per_joint": [r[0] for r in ratios],
+            "measured_step_per_joint": [r[1] for r in ratios],
+            "distance_to_every_step": [a.distance(b) for a, b in zip(few, all_, strict=True)],
+            "distance_between_seeds": [a.distance(b) for a, b in combinations(all_, 2)],
+            "layers": len(all_[0].layers),
             "environment": environment("cpu"),
         }
 
@@ -233,11 +269,11 @@ def table(results: dict[str, Any]) -> str:
         lines += [
             "",
             f"A training ({run['problem']}; seeds {', '.join(map(str, run['seeds']))}), probed with `overhead=0.1`, "
-            f"measured {', '.join(map(str, run['measured_steps']))} of {run['all_steps']} steps and took "
-            f"{list_of('budget_per_joint')} times the joint training; measuring every step took "
-            f"{list_of('every_step_per_joint')} times. Distance (Eq. 22) of its ranking of {run['layers']} layers to "
-            f"that of every step: {list_of('distance_to_every_step')}; between the seeds, measuring every step: "
-            f"{list_of('distance_between_seeds')}.",
+            f"measured {', '.join(map(str, run['measured_steps']))} of {run['all_steps']} steps. Its average step took "
+            f"{list_of('budget_per_joint')} times as long as one that is not measured; a measured one "
+            f"{list_of('measured_step_per_joint')} times. Distance (Eq. 22) of its ranking of {run['layers']} layers "
+            f"to that of a training which measures every step: {list_of('distance_to_every_step')}; between seeds, "
+            f"measuring every step: {list_of('distance_between_seeds') or '-'}.",
         ]
     return "\n".join(lines) + "\n"
 
