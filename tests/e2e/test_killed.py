@@ -86,9 +86,10 @@ def _epoch(out: Path) -> bool:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="starts its processes by fork")
 def test_killed_and_continued_trainings_equal_an_uninterrupted_one(capfd: pytest.CaptureFixture[str]) -> None:
-    done = subprocess.run([sys.executable, __file__], capture_output=True, text=True, timeout=280, check=False)
+    done = subprocess.run([sys.executable, __file__], capture_output=True, text=True, timeout=800, check=False)
     with capfd.disabled():
         print(f"\n{done.stdout}")
     assert done.returncode == 0, done.stdout + done.stderr

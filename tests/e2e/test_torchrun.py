@@ -86,11 +86,12 @@ def _work(out: Path, batch_size: int) -> None:
 
 def _torchrun(*command: str, **changes: Any) -> subprocess.CompletedProcess[str]:
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *command]
-    options: dict[str, Any] = {"capture_output": True, "text": True, "timeout": 240, "check": False}
+    options: dict[str, Any] = {"capture_output": True, "text": True, "timeout": 400, "check": False}
     return subprocess.run(start, env=os.environ | {"OMP_NUM_THREADS": "1"}, **options | changes)
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.skipif(sys.platform == "win32", reason="no gloo over sockets there")
 def test_two_processes_equal_one_with_the_doubled_batch(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     done = _torchrun(__file__, str(tmp_path / "two"), str(BATCH))
@@ -119,6 +120,7 @@ def test_two_processes_equal_one_with_the_doubled_batch(tmp_path: Path, capsys: 
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.skipif(sys.platform == "win32", reason="no gloo over sockets there")
 def test_the_command_runs_in_two_processes_and_speaks_once(tmp_path: Path) -> None:
     out = tmp_path / "study"

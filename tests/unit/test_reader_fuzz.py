@@ -302,6 +302,7 @@ def _main() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="bounds its memory as Linux does")
 def test_many_damaged_files_in_bounded_memory(capsys: pytest.CaptureFixture[str]) -> None:
     done = subprocess.run(
