@@ -1,8 +1,8 @@
 """Balancers by name: what happens to the gradients of shared parameters, where joint training adds them.
 
-A balancer acts on exactly the parameters that two or more tasks reach, as one vector; a copy that a group of tasks shares
-belongs to it, with zeros for the other tasks. Heads and per-task copies get their own task's gradient, unless the
-method weighs whole losses. Everything is relative to the sum of the losses: a method that is published relative to
+A balancer acts on exactly the parameters that two or more tasks reach, as one vector; a copy that a group of tasks
+shares belongs to it, with zeros for the other tasks. Heads and per-task copies get their own task's gradient, unless
+the method weighs whole losses. Everything is relative to the sum of the losses: a method that is published relative to
 their mean is multiplied by the number of tasks.
 """
 
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from reconmtl.errors import ProbeError, ProblemError, RunError, nearest
-from reconmtl.gram import Gradients, Layout, Measured, check_losses
+from reconmtl.gram import Gradients, Layout, Measured
 from reconmtl.jacobian_descent import Aggregated, adopt, scalarizer, torchjd, weighting
 from reconmtl.rules import (
     DualBalancing,
@@ -197,7 +197,7 @@ class Balancer:
     Args:
         spec: A name with parameters, e.g. "cagrad:c=0.4"; or an object, see `adopt`. An object's result is taken as it
             is, without a factor.
-        tasks: Names of the tasks.
+        tasks: Names of the tasks; methods with a state take those of the first step if none are given.
 
     Attributes:
         rule: Of the method.
@@ -212,13 +212,16 @@ class Balancer:
         [1.3448275862068966, 1.3448275862068966]
     """
 
-    def __init__(self, spec: object, tasks: Sequence[str]) -> None:
+    def __init__(self, spec: object, tasks: Sequence[str] = ()) -> None:
         self.tasks, self.label = tuple(tasks), label_of(spec)
         if isinstance(spec, str):
             name, values, faults = _parse(spec)
+            count = _count(name, len(self.tasks)) if not faults else {}
+            if count and not tasks:
+                faults.append(f"{name} learns a number per task: write Balancer({spec!r}, tasks=[...]).")
             if faults:
                 raise ProblemError("\n".join(faults))
-            self.rule = BALANCERS[name].make(**values, **_count(name, len(self.tasks)))
+            self.rule = BALANCERS[name].make(**values, **count)
         else:
             self.rule = adopt(spec)
 
@@ -258,81 +261,94 @@ class Balancer:
         Returns:
             Grams and update, to be added by `gradients.add`; None if one ordinary backward pass has added it.
         """
-        check_losses(losses)
         rule = self.rule
-        if rule.keeps_tasks and set(losses) != set(self.tasks):
-            raise ProbeError(
-                f"{self.label} keeps a state per task, and this step has {list(losses)} instead of "
-                f"{list(self.tasks)}: draw batches in which every task has targets, or take a method without a state."
-            )
-        values = self._values(gradients, losses, scale)
+        values = gradients.mean_losses(losses, scale) if self._sees_losses else {}
         if rule.takes == "rows":
             return self._rows(gradients, losses, values, scale)
         if rule.takes == "losses":
-            weights = rule.weights(values.new_zeros(0, 0), values)
+            self._check_tasks(tuple(values))
+            seen = torch.tensor(list(values.values()), dtype=torch.float64)
+            weights = gradients.same_everywhere(rule.weights(torch.zeros(0, 0), seen).detach())
+            of = dict(zip(values, weights.tolist(), strict=True))
             if not measure:
-                summed = sum(w * v for w, v in zip(weights.tolist(), losses.values(), strict=True))
-                assert isinstance(summed, Tensor)
-                gradients.backward({"weighted": summed})
+                gradients.backward({t: v * of[t] for t, v in losses.items()})
                 return None
-            return _with_heads(gradients.sweep(losses, weigh=lambda _: weights), weights)
-        used = torch.ones(len(losses), dtype=torch.float64)
+            found = gradients.sweep(
+                losses, weigh=lambda _, layout: torch.tensor([of[t] for t in layout.tasks], dtype=torch.float64)
+            )
+            return _with_heads(found, [of[t] for t in found.layout.tasks])
+        used: list[float] = []
 
-        def weigh(gram: Tensor) -> Tensor:
-            nonlocal used
-            unscaled = gram.detach().double() / scale / scale
-            used = self._weigh(unscaled.cpu(), gradients.layout_seen, values)
-            return used
+        def weigh(gram: Tensor, layout: Layout) -> Tensor:
+            weights = self._weigh((gram.detach().double() / scale / scale).cpu(), layout, values)
+            used[:] = weights.tolist()
+            return weights
 
         found = gradients.sweep(losses, weigh=weigh)
         return _with_heads(found, used) if rule.weighs_losses else found
 
-    def _weigh(self, gram: Tensor, layout: Layout, values: Tensor) -> Tensor:
+    @property
+    def _sees_losses(self) -> bool:
+        return self.rule.takes == "losses" or self.rule.weighs_losses or type(self.rule).own is not Rule.own
+
+    def _check_tasks(self, found: Sequence[str]) -> None:
+        self.tasks = self.tasks or tuple(found)
+        if self.rule.keeps_tasks and set(found) != set(self.tasks):
+            raise ProbeError(
+                f"{self.label} keeps a state per task, and this step has {list(found)} instead of "
+                f"{list(self.tasks)}: draw batches in which every task has targets, or take a method without a state."
+            )
+
+    def _weigh(self, gram: Tensor, layout: Layout, values: Mapping[str, float]) -> Tensor:
         """Weights of all tasks of a step; those that share nothing have 1."""
-        sharing = sorted({i for s in layout.segments for i in s.tasks})
+        sharing = _sharing(layout)
         out = torch.ones(len(layout.tasks), dtype=torch.float64)
         if sharing:
-            whole = torch.stack(
-                [
-                    _placed(g, segment.tasks, len(layout.tasks))
-                    for g, segment in zip(gram, layout.segments, strict=True)
-                ]
-            ).sum(0)
-            out[sharing] = self.weights(whole[sharing][:, sharing], values[sharing])
+            self._check_tasks([layout.tasks[i] for i in sharing])
+            placed = [
+                _placed(g, segment.tasks, len(layout.tasks)) for g, segment in zip(gram, layout.segments, strict=True)
+            ]
+            whole = torch.stack(placed).sum(0)[sharing][:, sharing]
+            out[sharing] = self.weights(whole, _losses_of(layout, sharing, values))
         return out
 
     def _rows(
-        self, gradients: Gradients, losses: Mapping[str, Tensor], values: Tensor, scale: Tensor | float
+        self,
+        gradients: Gradients,
+        losses: Mapping[str, Tensor],
+        values: Mapping[str, float],
+        scale: Tensor | float,
     ) -> Measured:
         found, rows = gradients.explicit(losses)
-        layout = found.layout
-        sharing = sorted({i for s in layout.segments for i in s.tasks})
-        total = found.total
+        layout, total = found.layout, found.total
+        sharing = _sharing(layout)
+        seen = _losses_of(layout, sharing, values)
         if sharing:
+            self._check_tasks([layout.tasks[i] for i in sharing])
             taken = rows if len(sharing) == len(rows) else rows[sharing]
             taken = taken / scale if isinstance(scale, Tensor) else taken
             if bool(taken.isfinite().all()):  # else the sum shows the scaler, or the user, that something overflowed
-                total = self.rule.update(taken, values[sharing]) * scale
+                total = self.rule.update(taken, seen) * scale
         if total.shape != found.total.shape:
             raise ProbeError(
                 f"The balancer {self.label} should return {len(found.total)} numbers, it returned {list(total.shape)}."
             )
         found = replace(found, total=gradients.same_everywhere(total.to(found.total)))
-        own = self.rule.own(values)
-        return found if own is None else _with_heads(found, own)
-
-    def _values(self, gradients: Gradients, losses: Mapping[str, Tensor], scale: Tensor | float) -> Tensor:
-        """The losses [T], unscaled, float64; averages, where several processes train the model."""
-        rule = self.rule
-        sees = rule.takes == "losses" or rule.weighs_losses or type(rule).own is not Rule.own
-        if not sees:
-            return torch.ones(len(losses), dtype=torch.float64)
-        values = torch.stack([v.detach().double() / scale for v in losses.values()])
-        return gradients.means_of(values).cpu()
+        own = self.rule.own(_losses_of(layout, range(len(layout.tasks)), values))
+        return found if own is None else _with_heads(found, own.tolist())
 
     def parameters(self) -> list[nn.Parameter]:
         """What the optimizer should train beside the network."""
         return self.rule.parameters()
+
+    def again(self, losses: Mapping[str, Tensor]) -> None:
+        """Tell a method that wants to know (`rule.looks_again`) the losses of the same batch after the step."""
+        if self.rule.looks_again:
+            self.rule.again(torch.stack([losses[t].detach() for t in self.tasks]).cpu().double())
+
+    def end_epoch(self) -> None:
+        """To be called after every epoch."""
+        self.rule.end_epoch()
 
     def state_dict(self) -> dict[str, Any]:
         """What has to be kept to go on."""
@@ -359,9 +375,17 @@ def _placed(gram: Tensor, tasks: Sequence[int], count: int) -> Tensor:
     return out
 
 
-def _with_heads(found: Measured, weights: Tensor) -> Measured:
+def _sharing(layout: Layout) -> list[int]:
+    """Positions of the tasks that share anything."""
+    return sorted({i for segment in layout.segments for i in segment.tasks})
+
+
+def _losses_of(layout: Layout, positions: Sequence[int], values: Mapping[str, float]) -> Tensor:
+    """The losses of some tasks, float64; 1 where nobody asks for them."""
+    return torch.tensor([values.get(layout.tasks[i], 1.0) for i in positions], dtype=torch.float64)
+
+
+def _with_heads(found: Measured, weights: Sequence[float]) -> Measured:
     """The same with the gradients of heads and per-task copies weighted, too."""
-    own = [
-        [None if g is None else g * w for g in grads] for grads, w in zip(found.own, weights.tolist(), strict=True)
-    ]
+    own = [[None if g is None else g * w for g in grads] for grads, w in zip(found.own, weights, strict=True)]
     return replace(found, own=own)

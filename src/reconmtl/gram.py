@@ -185,16 +185,16 @@ class Gradients:
         losses: Mapping[str, Tensor],
         *,
         retain_graph: bool = False,
-        weigh: Callable[[Tensor], Tensor] | None = None,
+        weigh: Callable[[Tensor, Layout], Tensor] | None = None,
     ) -> Measured:
         """Measure every shared layer once.
 
         Args:
             losses: Scalar loss per task, all from one forward pass.
             retain_graph: Keep the graph for a further backward pass.
-            weigh: Turns the Gram matrices [layers, tasks, tasks] into the weights [tasks] with which the shared
-                gradients are summed; None sums them. The weights depend on every layer, so all gradients are kept
-                until then, whatever `memory` says.
+            weigh: Turns the Gram matrices [layers, tasks, tasks], and the layout, into the weights [tasks] with which
+                the shared gradients are summed; None sums them. The weights depend on every layer: all gradients are
+                kept until then if they take at most `passes.KEEP` bytes, else one more backward pass makes the update.
 
         Returns:
             Grams and update; the caller owns their memory.
@@ -275,6 +275,21 @@ class Gradients:
 
     def average(self) -> None:
         """Average `.grad` over the processes that train the model; there are no others here."""
+
+    def mean_losses(self, losses: Mapping[str, Tensor], scale: Tensor | float = 1.0) -> dict[str, float]:
+        """The losses' values; averages, where several processes train the model.
+
+        Args:
+            losses: Scalar loss per task.
+            scale: What they were multiplied by.
+        """
+        check_losses(losses)
+        values = torch.stack([v.detach().double() for v in losses.values()]) / scale
+        return dict(zip(losses, values.tolist(), strict=True))
+
+    def same_everywhere(self, vector: Tensor) -> Tensor:
+        """What the first process has made, in which random numbers were drawn; there are no others here."""
+        return vector
 
     def backward(self, losses: Mapping[str, Tensor], *, last: bool = True) -> None:
         """Run one ordinary backward pass over the summed losses.

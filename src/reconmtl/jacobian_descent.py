@@ -113,9 +113,9 @@ def _packed(value: Any) -> Any:  # noqa: ANN401
 def _unpacked(value: Any) -> Any:  # noqa: ANN401
     if isinstance(value, dict):
         ((kind, content),) = value.items()
-        return {"array": lambda c: c.numpy(), "dtype": lambda c: getattr(torch, c), "device": torch.device}[kind](
-            content
-        )
+        if kind == "array":
+            return content.numpy()
+        return getattr(torch, content) if kind == "dtype" else torch.device(content)
     if isinstance(value, (list, tuple)):
         return type(value)(_unpacked(v) for v in value)
     return value

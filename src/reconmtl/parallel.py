@@ -17,6 +17,7 @@ from itertools import pairwise
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from reconmtl.errors import ProbeError
@@ -222,7 +223,7 @@ class ParallelGradients(Gradients):
         losses: Mapping[str, Tensor],
         *,
         retain_graph: bool = False,
-        weigh: Callable[[Tensor], Tensor] | None = None,
+        weigh: Callable[[Tensor, Layout], Tensor] | None = None,
     ) -> Measured:
         """Measure every shared layer once, see `Gradients.sweep`; an empty `losses` sends zeros."""
         step, layout = self._plan(losses, retain_graph, self.memory)
@@ -286,6 +287,26 @@ class ParallelGradients(Gradients):
     def average(self) -> None:
         """Average `.grad` over the processes."""
         self.replicas.average_grads(self.parameters)
+
+    def mean_losses(self, losses: Mapping[str, Tensor], scale: Tensor | float = 1.0) -> dict[str, float]:
+        """The losses' values, averaged over all processes as the gradients are: one that lacks a task has zero."""
+        try:
+            mine = {} if _empty(losses) else super().mean_losses(losses, scale)
+        except Exception as error:
+            self.replicas.agree(None, error)
+            raise
+        everyone = self.replicas.agree(["losses", [[t, v.hex()] for t, v in mine.items()]])
+        found: dict[str, list[float]] = {}
+        for _, pairs in everyone:
+            for task, value in pairs:
+                found.setdefault(task, []).append(float.fromhex(value))
+        return {t: sum(v) / len(everyone) for t, v in found.items()}
+
+    def same_everywhere(self, vector: Tensor) -> Tensor:
+        """What the first process has made, in which random numbers were drawn."""
+        there = vector.to(next(iter(self.parameters.values())).device)
+        dist.broadcast(there, group=self.replicas.group, group_src=0)
+        return there.to(vector.device)
 
     def backward(self, losses: Mapping[str, Tensor], *, last: bool = True) -> None:
         """Run one ordinary backward pass; the wrapper averages `.grad`, or the last pass of a step does."""

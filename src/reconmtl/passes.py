@@ -22,6 +22,10 @@ from reconmtl.graph import Graph, Shared, Stage, many
 AGREE = {torch.float32: 2.5e-6, torch.float64: 1e-10}
 """Largest difference of a cosine, or relative one of a gradient, at which `delta` is trusted for a layer."""
 
+KEEP = 2**30
+"""Bytes of task gradients that are kept until weights are known that depend on all of them. Beyond, the gradients are
+taken in stages for the weights alone, and one more backward pass makes the update."""
+
 
 @dataclass(frozen=True)
 class Segment:
@@ -185,11 +189,15 @@ class Sweep:
             parts.append(_Part(stage, flat, [self.at[n] for n in stage.wanted if n in self.at]))
         return parts
 
-    def run(self, weigh: Callable[[Tensor], Tensor] | None) -> Measured:
+    def run(self, weigh: Callable[[Tensor, Layout], Tensor] | None) -> Measured:
         """Measure everything; see `Gradients.sweep`."""
-        layout, n = self.layout, len(self.losses)
+        layout, n, retain = self.layout, len(self.losses), self.retain
+        keep = False  # whether the task gradients are kept until the weights, which depend on all layers, are known
         if weigh is not None:
-            self.parts = self._cut(float("inf"))
+            whole = self._cut(float("inf"))
+            keep = sum(sum(part.sizes(layout)) for part in whole) * layout.dtype.itemsize <= KEEP or self.whole
+            self.parts = whole if keep else self.parts
+            self.retain = retain or not keep
         gram = torch.zeros((len(layout.segments), n, n), dtype=layout.dtype, device=layout.device)
         total = torch.empty(layout.width, dtype=layout.dtype, device=layout.device)
         taken: set[int] = set()
@@ -200,16 +208,30 @@ class Sweep:
             self.fill(part)
             taken |= {*part.flat, *(j for site in part.sites for j in site[:2] if j is not None)}
             self._reduce(part, gram, total if weigh is None else None, None)
-            if weigh is None:
+            if not keep:
                 part.inputs.clear()
         mark_absent(layout, gram)
         if weigh is not None:
-            weights = weigh(gram).to(total)
-            for part in self.parts:
-                self._reduce(part, None, total, weights)
+            weights = weigh(gram, layout).to(total)
+            if keep:
+                for part in self.parts:
+                    self._reduce(part, None, total, weights)
+            else:
+                self._weighted(weights, total, retain)
         assert len(taken) == len(layout.shared)  # else parts of `total` would be whatever memory holds
         sparse = {j: torch.cat(rows).unique() for j, rows in self.touched.items() if j not in self.dense}
         return Measured(layout, gram, total, sparse, self.own, self.settle)
+
+    def _weighted(self, weights: Tensor, total: Tensor, retain: bool) -> None:
+        """The update by one more backward pass, over the weighted losses."""
+        loss = torch.stack([w * v for w, v in zip(weights.unbind(), self.losses, strict=True)]).sum()
+        grads = self._grad([loss], None, [p for _, p in self.layout.shared], retain)
+        for j, grad in enumerate(grads):
+            place = total[self.layout.at(j)]
+            if grad is None:
+                place.zero_()
+            else:
+                place.copy_(as_real(grad.to_dense() if grad.is_sparse else grad).flatten())
 
     def fill(self, part: _Part) -> None:
         """Run every task's pass through one stage."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from reconmtl.accumulation import Accumulation
+from reconmtl.balance import Balancer
 from reconmtl.buffers import undisturbed
 from reconmtl.conflicts import ConflictLog, cosines_from_grams
 from reconmtl.errors import ProbeError, RunError, UnknownNameError, nearest
@@ -50,6 +51,9 @@ class Probe:
             given as `model`. A `torch.distributed` process group: the probe itself, for a bare model in every process.
             A DistributedDataParallel that contains `model`. False: nobody, each process trains a model of its own.
             All processes call `backward` equally often, and hold the same log.
+        balancer: How the tasks' gradients become one update: a name such as "cagrad:c=0.4", a `Balancer`, one of
+            TorchJD's objects, or a function from the Gram matrix to weights. None sums them. What a balancer needs is
+            measured in every step, and recorded in those that `every`, `start` and `stop` choose.
 
     Raises:
         ProbeError: If the model cannot be measured as it is; the message says why.
@@ -75,10 +79,16 @@ class Probe:
         exact: bool = False,
         shared: Iterable[str] | None = None,
         group: Any = None,  # noqa: ANN401 checked by find_replicas
+        balancer: object = None,
     ) -> None:
         if engine not in get_args(Engine):
             raise UnknownNameError(f"Unknown engine {engine!r}. {nearest(str(engine), get_args(Engine))}")
         self.exact = exact
+        self.balancer: Balancer | None = None
+        if balancer is not None and balancer != "joint":
+            self.balancer = balancer if isinstance(balancer, Balancer) else Balancer(balancer)
+            if exact:
+                raise ProbeError("exact=True makes the update of joint training: it does not go with a balancer.")
         self._gradients = gradients_of(model, group=group, shared=shared, engine=engine)
         self._parallel = self._gradients if isinstance(self._gradients, ParallelGradients) else None
         agree = None if self._parallel is None else self._parallel.replicas.largest
@@ -105,6 +115,8 @@ class Probe:
         if self._parallel is None:  # the other processes have to hear of it where they would wait
             check_losses(losses)
         elif not self._parallel.synchronises and last:
+            if self.balancer is not None:
+                raise ProbeError("A balancer needs the whole step: it does not go with `no_sync()`.")
             if self._open is not None:
                 raise ProbeError("The last micro-batch of a step is the one outside `no_sync()`: pass last=False here.")
             self._gradients.backward(losses)  # no step: it ends with the backward pass outside
@@ -113,8 +125,12 @@ class Probe:
             losses = {task: scaler.scale(v) if isinstance(v, Tensor) else v for task, v in losses.items()}
         else:
             scaler = None
+        if self.balancer is not None and not last:
+            raise ProbeError("A balancer needs the whole step: last=False does not go with it. Take smaller batches.")
         with self._micro_batch(last) as (measure, whole):
-            if not measure:
+            if self.balancer is not None:
+                self._balance(self.balancer, losses, scaler, measure)
+            elif not measure:
                 self._gradients.backward(losses, last=last)
             elif whole:
                 found = self._gradients.sweep(losses, retain_graph=self.exact)
@@ -132,6 +148,16 @@ class Probe:
                     self._sums = None
                     if not self.exact:
                         self._gradients.average()
+
+    def _balance(self, balancer: Balancer, losses: Mapping[str, Tensor], scaler: Scaler | None, measure: bool) -> None:
+        device = next(self._gradients.model.parameters()).device
+        scale = 1.0 if scaler is None else scaler.scale(torch.ones((), device=device))
+        found = balancer.sweep(self._gradients, losses, scale=scale, measure=measure)
+        if found is None:
+            return
+        if measure:
+            self._recorder.add(found.layout, _unscaled(found.gram, scaler), skip=scaler is not None)
+        self._gradients.add(found)
 
     @contextmanager
     def _micro_batch(self, last: bool) -> Iterator[tuple[bool, bool]]:
@@ -219,6 +245,7 @@ class Probe:
             "recorder": self._recorder.state_dict(),
             "schedule": self._schedule.state_dict(),
             "trusted": self._gradients.trusted(),
+            "balancer": None if self.balancer is None else self.balancer.state_dict(),
         }
 
     def load_state_dict(self, state: Any) -> None:  # noqa: ANN401 from a file
@@ -230,8 +257,13 @@ class Probe:
         device = next((p.device for p in self._gradients.model.parameters()), torch.device("cpu"))
         try:
             recorder, schedule, trusted = state["recorder"], state["schedule"], state["trusted"]
+            balancer = state["balancer"]
         except (KeyError, TypeError):
-            raise RunError("the state of a probe should hold recorder, schedule and trusted.") from None
+            raise RunError("the state of a probe should hold recorder, schedule, trusted and balancer.") from None
+        if (self.balancer is None) != (balancer is None):
+            raise RunError("it was made with another balancer.")
+        if self.balancer is not None:
+            self.balancer.load_state_dict(balancer)
         self._schedule.load_state_dict(schedule)
         self._gradients.trust(trusted)
         self._recorder.load_state_dict(recorder, device)

@@ -68,7 +68,9 @@ class Reduction:
             elif self.update:
                 self._gather(pieces, share, None)
 
-    def finish(self, weigh: Callable[[Tensor], Tensor] | None, kinds: Tensor, failure: Exception | None) -> Tensor:
+    def finish(
+        self, weigh: Callable[[Tensor, Layout], Tensor] | None, kinds: Tensor, failure: Exception | None
+    ) -> Tensor:
         """Complete the Gram matrices, and the update if it was kept.
 
         Args:
@@ -96,7 +98,7 @@ class Reduction:
         self.gram.copy_(everything[: self.gram.numel()].view(self.gram.shape))
         mark_absent(self.layout, self.gram)
         if weigh is not None:
-            weights = weigh(self.gram).to(self.total)
+            weights = weigh(self.gram, self.layout).to(self.total)
             dist.broadcast(weights, group=self.replicas.group, group_src=0)  # whatever was drawn at random in there
             for pieces, share in self._kept:
                 self._gather(pieces, share, weights)

@@ -1,4 +1,4 @@
-"""How task gradients become one update: the rules of the paper's baselines, each from its Gram matrix where that is enough.
+"""How task gradients become one update: the paper's baselines and others, from a Gram matrix where that is enough.
 
 A rule says what it takes. From a Gram matrix [T, T] or from the losses [T] it makes weights [T]; from the gradients
 themselves, [T, parameters], it makes the update. Weights and updates are relative to the sum of the losses: where all

@@ -73,7 +73,7 @@ def nonnegative(h: Array, q: Array, start: NDArray[np.bool_] | None = None) -> A
 
 def _solved(matrix: Array, right: Array) -> Array | None:
     try:
-        found: Array = np.linalg.solve(matrix, right)
+        found: Array = np.asarray(np.linalg.solve(matrix, right), dtype=np.float64)
     except np.linalg.LinAlgError:
         return None
     return found if np.isfinite(found).all() else None
@@ -82,8 +82,8 @@ def _solved(matrix: Array, right: Array) -> Array | None:
 def min_norm(gram: Array, start: NDArray[np.bool_] | None = None) -> Array:
     """Weights of the shortest vector in the convex hull of the tasks' gradients.
 
-    Minimising |sum_i u_i g_i|^2 + (sum_i u_i - 1)^2 over u >= 0 gives it up to a factor, without a constraint. Gradients
-    are first brought to length one, so that their sizes do not matter.
+    Minimising |sum_i u_i g_i|^2 + (sum_i u_i - 1)^2 over u >= 0 gives it up to a factor, without a constraint.
+    Gradients are first brought to length one, so that their sizes do not matter.
 
     Args:
         gram: Inner products [T, T].
@@ -92,17 +92,17 @@ def min_norm(gram: Array, start: NDArray[np.bool_] | None = None) -> Array:
     Returns:
         Weights [T], not negative, of sum 1.
 
-    Reference: Desideri, Multiple-gradient descent algorithm, 2012; Wolfe, Finding the nearest point in a polytope, 1976.
+    Reference: Desideri, Multiple-gradient descent algorithm, 2012; Wolfe, Finding the nearest point in a polytope.
     """
     squares = gram.diagonal()
     zero = squares <= TINY * TINY * squares.max(initial=0.0)
     if zero.any() or not squares.size:
-        return zero / max(zero.sum(), 1)
+        return np.asarray(zero / max(zero.sum(), 1), dtype=np.float64)
     norms = np.sqrt(squares)
     b = norms.min() / norms
     u = nonnegative(gram / norms / norms[:, None] + b * b[:, None], b, start)
     w: Array = u / norms
-    return w / w.sum()
+    return np.asarray(w / w.sum(), dtype=np.float64)
 
 
 def conflict_averse(gram: Array, c: float) -> Array:
@@ -136,7 +136,9 @@ def conflict_averse(gram: Array, c: float) -> Array:
     least = max(float(nearest @ gram @ nearest), 0.0)
     high = 1.0 / radius
     low = math.sqrt(least) / radius
-    if least <= TINY * square:  # no direction serves every task: take the one nearest to g0 that harms none, if in reach
+    if (
+        least <= TINY * square
+    ):  # no direction serves every task: take the one nearest to g0 that harms none, if in reach
         change = nonnegative(gram, -to_mean)
         if float(change @ gram @ change) <= radius * radius:
             return mean + change
@@ -199,28 +201,29 @@ def bargain(gram: Array, power: float = 1.0) -> Array:
     there = squares > TINY * TINY * squares.max(initial=0.0)
     if not there.any():
         return out
-    g = gram[np.ix_(there, there)]
-    scale = float(g.diagonal().mean())
-    g = g / scale + 1e-12 * np.eye(len(g))  # opposite gradients have a common limit only
+    norms = np.sqrt(squares[there])
+    g = gram[np.ix_(there, there)] / norms / norms[:, None]  # in units of each gradient's length
+    g += 1e-12 * np.eye(len(g))  # opposite gradients have a common limit only
+    scale = float(np.exp(np.log(norms).mean()))
+    b = (norms / scale) ** (power - 1)
 
     def value(x: Array) -> float:
-        gain = np.log(x) if power == 1 else (x ** (1 - power) - 1) / (1 - power)
-        return float(x @ g @ x / 2 - gain.sum())
+        gain = np.log(x) if power == 1 else x ** (1 - power) / (1 - power)
+        return float(x @ g @ x / 2 - b @ gain)
 
-    x = g.diagonal() ** (-1 / (1 + power))
+    x = b ** (1 / (1 + power))
     for _ in range(500):
-        slope = g @ x - x**-power
-        step = np.linalg.solve(g + np.diag(power * x ** (-power - 1)), -slope)
-        decrement = -float(slope @ step)
-        if decrement <= 1e-26:
+        share = b * x**-power
+        slope = g @ x - share
+        if np.abs(slope / share).max() <= 1e-13:
             break
+        step = np.linalg.solve(g + np.diag(power * share / x), -slope)
         falling = step < 0
         length = min(1.0, 0.9 * float((-x[falling] / step[falling]).min())) if falling.any() else 1.0
-        before = value(x)
-        while value(x + length * step) > before - 1e-4 * length * decrement and length > 1e-12:
+        decrease, before = -float(slope @ step), value(x)
+        rounding = 1e-13 * (abs(before) + float(b @ np.abs(x ** (1 - power))))
+        while value(x + length * step) > before - 1e-4 * length * decrease + rounding:
             length /= 2
-        if length <= 1e-12:
-            break
         x = x + length * step
-    out[there] = x * scale ** (-1 / (1 + power))
+    out[there] = x / norms * scale ** ((power - 1) / (1 + power))
     return out

@@ -314,7 +314,7 @@ def test_the_update_follows_any_weights_of_the_grams() -> None:
         weights = torch.tensor([0.5, -2.0, 3.0])
         seen: list[Tensor] = []
 
-        def weigh(gram: Tensor, seen: list[Tensor] = seen, weights: Tensor = weights) -> Tensor:
+        def weigh(gram: Tensor, _: object, seen: list[Tensor] = seen, weights: Tensor = weights) -> Tensor:
             seen.append(gram)
             return weights
 

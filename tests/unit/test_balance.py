@@ -1,0 +1,404 @@
+import copy
+import math
+from collections.abc import Callable
+from itertools import permutations
+from typing import Any, cast
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import reconmtl as rm
+from oracles import task_gradients
+from reconmtl import passes
+from reconmtl.balance import BALANCERS, Balancer, check_balancer, label_of
+from reconmtl.errors import MissingExtraError, ProbeError, ProblemError, RunError
+from reconmtl.probing import Probe
+from reconmtl.rules import Rule
+
+minimize = pytest.importorskip("scipy.optimize").minimize
+aggregation = pytest.importorskip("torchjd.aggregation")
+
+TASKS = ("a", "b", "c", "d")
+STATEFUL = ("gradvac", "pcd", "excess-mtl", "gradnorm", "db-mtl", "uw", "dwa", "imtl-l", "famo")
+ELEMENTWISE = ("graddrop", "config", "trimmed-mean", "excess-mtl", "db-mtl")
+WHOLE_LOSSES = ("uw", "dwa", "imtl-l", "famo", "stch", "geometric-mean", "random", "gradnorm")
+
+
+class Net(nn.Module):
+    """A trunk for all, a branch that two tasks share, heads; the losses are positive."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Linear(5, 6)
+        self.body = nn.Linear(6, 6)
+        self.pair = nn.Linear(6, 6)
+        self.heads = nn.ModuleDict({t: nn.Linear(6, 2) for t in TASKS})
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        z = torch.tanh(self.body(torch.relu(self.stem(x))))
+        y = torch.tanh(self.pair(z))
+        return {t: head(y if t in ("a", "b") else z) for t, head in self.heads.items()}
+
+
+def network(dtype: torch.dtype = torch.float64) -> Net:
+    torch.manual_seed(3)
+    return Net().to(dtype)
+
+
+def losses(model: nn.Module, seed: int = 0, tasks: tuple[str, ...] = TASKS) -> dict[str, Tensor]:
+    draw = torch.Generator().manual_seed(seed)
+    dtype = next(model.parameters()).dtype
+    x, y = torch.randn(8, 5, generator=draw), torch.randn(8, len(TASKS), 2, generator=draw)
+    out = model(x.to(dtype))
+    return {t: (out[t] - (i + 1) * y[:, i].to(dtype)).pow(2).mean() + 0.1 for i, t in enumerate(TASKS) if t in tasks}
+
+
+def grads(model: nn.Module) -> dict[str, Tensor]:
+    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def balanced(spec: object, model: nn.Module, **options: Any) -> dict[str, Tensor]:
+    model.zero_grad()
+    torch.manual_seed(7)
+    Probe(model, balancer=Balancer(spec, TASKS), **options).backward(losses(model))
+    return grads(model)
+
+
+# Every method's step, written out by hand. ----------------------------------------------------------------------------
+
+
+def _shortest(rows: Tensor) -> Tensor:
+    """The minimum over every face of the hull, one by one."""
+    best = None
+    for bits in range(1, 2 ** len(rows)):
+        chosen = rows[[i for i in range(len(rows)) if bits >> i & 1]]
+        n = len(chosen)
+        system = torch.zeros(n + 1, n + 1, dtype=rows.dtype)
+        system[:n, :n], system[:n, n], system[n, :n] = chosen @ chosen.T, 1, 1
+        w = torch.linalg.solve(system, torch.eye(n + 1, dtype=rows.dtype)[n])[:n]
+        if bool((w >= -1e-12).all()) and (best is None or (w @ chosen).norm() < best.norm()):
+            best = w @ chosen
+    assert best is not None
+    return cast(Tensor, best * len(rows))
+
+
+def _projected(rows: Tensor) -> Tensor:
+    total = torch.zeros_like(rows[0])
+    for i, row in enumerate(rows):
+        own = row.clone()
+        for j in torch.randperm(len(rows)).tolist():
+            if j != i and own @ rows[j] < 0:
+                own -= own @ rows[j] / (rows[j] @ rows[j]) * rows[j]
+        total += own
+    return total
+
+
+def _dropped(rows: Tensor) -> Tensor:
+    drawn = torch.rand(rows.shape[1], dtype=torch.float32)
+    total = torch.zeros_like(rows[0])
+    for k in range(rows.shape[1]):
+        share = 0.5 * (1 + rows[:, k].sum() / rows[:, k].abs().sum())
+        for g in rows[:, k]:
+            total[k] += g if (share > drawn[k]) == (g > 0) else 0
+    return total
+
+
+def _averse(rows: Tensor, c: float = 0.4) -> Tensor:
+    mean, count = rows.mean(0), len(rows)
+    size = rows.norm()
+
+    def value(w: Any) -> float:
+        vector = torch.as_tensor(w) @ rows / size
+        return float(vector @ mean / size + c * mean.norm() / size * vector.norm())
+
+    unity = {"type": "eq", "fun": lambda w: w.sum() - 1}
+    found = minimize(
+        value, [1 / count] * count, bounds=[(0, 1)] * count, constraints=unity, options={"ftol": 1e-16, "maxiter": 500}
+    )
+    vector = torch.as_tensor(found.x) @ rows
+    return cast(Tensor, count * (mean + c * mean.norm() / vector.norm() * vector) / (1 + c * c))
+
+
+STEPS: dict[str, tuple[Callable[[Tensor], Tensor], float]] = {
+    "joint": (lambda rows: rows.sum(0), 1e-12),
+    "mgda": (_shortest, 1e-9),
+    "pcgrad": (_projected, 1e-10),
+    "graddrop": (_dropped, 1e-10),
+    "cagrad:c=0.4": (_averse, 1e-4),
+    "aligned-mtl": (lambda rows: aggregation.AlignedMTL()(rows) * 4, 1e-9),
+    "imtl-g": (lambda rows: aggregation.IMTLG()(rows) * 4, 1e-9),
+    "upgrad": (lambda rows: aggregation.UPGrad()(rows) * 4, 1e-9),
+    "dualproj": (lambda rows: aggregation.DualProj()(rows) * 4, 1e-9),
+    "config": (lambda rows: aggregation.ConFIG()(rows), 1e-9),
+    "gradvac": (lambda rows: aggregation.GradVac()(rows), 1e-6),
+    "krum": (lambda rows: aggregation.Krum(n_byzantine=0)(rows) * 4, 1e-9),
+    "trimmed-mean": (lambda rows: aggregation.TrimmedMean(trim_number=1)(rows) * 4, 1e-9),
+    "random-gradients": (lambda rows: aggregation.Random()(rows) * 4, 1e-9),
+    "fairgrad": (lambda rows: aggregation.FairGrad(alpha=1.0, max_iters=500)(rows), 1e-3),
+}
+
+
+@pytest.mark.parametrize("plan", [None, "pairs"])
+@pytest.mark.parametrize("spec", STEPS)
+def test_a_step_is_the_one_written_by_hand(spec: str, plan: str | None) -> None:
+    """Shared parameters, and copies for groups, are one vector; everything else gets its own task's gradient."""
+    model: nn.Module = network()
+    if plan is not None:
+        groups = [["a", "c"], ["b"], ["d"]]
+        x = torch.randn(3, 5, dtype=torch.float64)
+        model = rm.split(model, rm.Plan(tasks=TASKS, layers={"body": groups}), sample=x)
+    step, tolerance = STEPS[spec]
+    found = balanced(spec, model)
+    parameters = dict(model.named_parameters())
+    per_task = task_gradients(losses(model), list(parameters.values()))
+    reach = {n: [i for i in range(4) if bool(per_task[i][k].any())] for k, n in enumerate(parameters)}
+    shared = [k for k, n in enumerate(parameters) if len(reach[n]) > 1]
+    assert (len(shared) > 5) == (plan is not None) or plan is None
+    rows = torch.stack([torch.cat([per_task[i][k].flatten() for k in shared]) for i in range(4)])
+    torch.manual_seed(7)
+    expected = step(rows)
+    got = torch.cat([found[list(parameters)[k]].flatten() for k in shared])
+    assert (got - expected).norm() <= tolerance * expected.norm()
+    for k, name in enumerate(parameters):
+        if len(reach[name]) == 1:
+            torch.testing.assert_close(found[name], per_task[reach[name][0]][k])
+
+
+@pytest.mark.parametrize("spec", sorted(set(BALANCERS) - {"joint"}))
+def test_more_passes_instead_of_memory_change_nothing(spec: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = network()
+    expected = balanced(spec, model)
+    monkeypatch.setattr(passes, "KEEP", 0)
+    monkeypatch.setattr("reconmtl.gram.MEMORY", 0)
+    for options in ({}, {"start": 5}, {"engine": "delta"}):
+        for name, grad in balanced(spec, model, **cast(Any, options)).items():
+            torch.testing.assert_close(grad, expected[name], rtol=1e-8, atol=1e-10)
+
+
+# Properties. ----------------------------------------------------------------------------------------------------------
+
+GRAM_ONLY = sorted(set(BALANCERS) - set(ELEMENTWISE) - set(WHOLE_LOSSES) - {"random-gradients"})
+
+
+@pytest.mark.parametrize("spec", sorted(set(GRAM_ONLY) - {"pcd", "krum"}))
+def test_the_order_of_tasks_does_not_matter(spec: str) -> None:
+    for seed in range(5):
+        rows = torch.randn(3, 9, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        if spec in ("pcgrad", "gradvac"):
+            rows = rows[:2]  # beyond two tasks they draw an order
+        gram = rows @ rows.T
+        expected = Balancer(spec, TASKS[: len(rows)]).weights(gram)
+        for order in permutations(range(len(rows))):
+            at = torch.tensor(order)
+            found = Balancer(spec, TASKS[: len(rows)]).weights(gram[at][:, at])
+            torch.testing.assert_close(found, expected[at], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("power", [-14, -6, 6, 14])
+@pytest.mark.parametrize("spec", sorted(set(GRAM_ONLY) - {"nash-mtl", "fairgrad", "gradvac"}))
+def test_small_and_large_gradients_get_the_same_weights(spec: str, power: int) -> None:
+    rows = torch.randn(4, 9, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    gram = rows @ rows.T
+    torch.manual_seed(0)
+    expected = Balancer(spec, TASKS).weights(gram)
+    torch.manual_seed(0)
+    found = Balancer(spec + (":beta=0" if spec == "pcd" else ""), TASKS).weights(gram * 10.0**power)
+    if spec == "pcd":
+        return  # it averages over steps, so sizes matter
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("spec", ["joint", "pcgrad", "graddrop", "mgda", "cagrad:c=0.4", "nash-mtl:max_norm=0"])
+def test_tasks_that_agree_get_the_sum(spec: str) -> None:
+    """Times (1 + c) / (1 + c^2) for CAGrad, whose ball is around the mean."""
+    row = torch.randn(1, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    rows = row.expand(3, -1)
+    rule = Balancer(spec, "abc")
+    update = rule.rule.update(rows.clone(), row) if rule.rule.takes == "rows" else rule.weights(rows @ rows.T) @ rows
+    factor = 1.4 / 1.16 if "cagrad" in spec else 1 / (3 * row.norm() ** 2) ** 0.5 if "nash" in spec else 1.0
+    expected = rows.sum(0) * (1.0 if "nash" in spec else factor)
+    torch.testing.assert_close(update, expected, rtol=1e-6, atol=1e-9)
+
+
+def test_no_conflict_no_surgery() -> None:
+    rows = torch.rand(4, 30, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    assert Balancer("pcgrad", TASKS).weights(rows @ rows.T).tolist() == [1.0] * 4
+    torch.testing.assert_close(Balancer("graddrop", TASKS).rule.update(rows.clone(), rows[:, 0]), rows.sum(0))
+
+
+def test_graddrop_leaves_the_sum_on_average() -> None:
+    rows = torch.tensor([[1.0, 2.0, -1.0], [-0.5, 1.0, -2.0]], dtype=torch.float64)
+    rule = Balancer("graddrop").rule
+    torch.manual_seed(0)
+    many = torch.stack([rule.update(rows.clone(), rows[:, 0]) for _ in range(4000)]).mean(0)
+    expected = [1.0 * 1 / 1.5 - 0.5 * 0.5 / 1.5, 3.0, -3.0]
+    torch.testing.assert_close(many, torch.tensor(expected, dtype=torch.float64), rtol=0.06, atol=0.0)
+
+
+# Losses, states, steps that lack something. ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("spec", [*sorted(set(WHOLE_LOSSES) - {"gradnorm"})])
+def test_a_weighted_loss_is_that_everywhere(spec: str) -> None:
+    """Heads too get the gradient of the scalarized loss, measured or not; a learned weight gets its own."""
+    model = network()
+    for options in ({}, {"start": 9}):
+        balancer = Balancer(spec, TASKS)
+        model.zero_grad()
+        torch.manual_seed(7)
+        Probe(model, balancer=balancer, **cast(Any, options)).backward(losses(model))
+        found, learned = grads(model), [p.grad for p in balancer.parameters()]
+        model.zero_grad()
+        torch.manual_seed(7)
+        other = cast(Any, Balancer(spec, TASKS).rule)
+        values = torch.stack(list(losses(model).values()))
+        (other.module.double()(values) * (4 if other.times_tasks else 1)).backward()
+        for name, grad in grads(model).items():
+            torch.testing.assert_close(found[name], grad, rtol=1e-5, atol=1e-9)
+        for mine, theirs in zip(learned, other.parameters(), strict=True):
+            torch.testing.assert_close(mine, theirs.grad, check_dtype=False)
+
+
+@pytest.mark.parametrize("spec", STATEFUL)
+def test_a_state_that_was_kept_goes_on_bit_by_bit(spec: str) -> None:
+    model = network()
+    balancer = Balancer(spec, TASKS)
+    optimizer = torch.optim.SGD([*model.parameters(), *balancer.parameters()], lr=0.1)
+
+    def steps(probe: Probe, optimizer: torch.optim.Optimizer, model: nn.Module, seeds: range) -> dict[str, Tensor]:
+        assert probe.balancer is not None
+        for seed in seeds:
+            optimizer.zero_grad()
+            probe.backward(losses(model, seed))
+            optimizer.step()
+            if probe.balancer.rule.looks_again:
+                probe.balancer.again(losses(model, seed))
+            if seed % 2:
+                probe.balancer.end_epoch()
+        return {n: p.detach().clone() for n, p in model.named_parameters()}
+
+    probe = Probe(model, balancer=balancer)
+    steps(probe, optimizer, model, range(5))
+    state, twin, weights = copy.deepcopy(probe.state_dict()), copy.deepcopy(model), optimizer.state_dict()
+    torch.manual_seed(0)
+    expected = steps(probe, optimizer, model, range(5, 9))
+    again = Balancer(spec, TASKS)
+    resumed = Probe(twin, balancer=again)
+    resumed.load_state_dict(state)
+    other = torch.optim.SGD([*twin.parameters(), *again.parameters()], lr=0.1)
+    other.load_state_dict(copy.deepcopy(weights))
+    torch.manual_seed(0)
+    for name, value in steps(resumed, other, twin, range(5, 9)).items():
+        assert torch.equal(value, expected[name]), name
+    with pytest.raises(RunError, match="another balancer"):
+        Probe(twin, balancer="mgda").load_state_dict(state)
+    with pytest.raises(ProbeError, match="state per task"):
+        resumed.backward(losses(twin, tasks=("a", "b")))
+
+
+def test_a_task_that_shares_nothing_has_no_say() -> None:
+    model: nn.Module = network()
+    parts = {n: [["a", "b", "c"], ["d"]] for n in ("stem", "body")}
+    sample = torch.randn(3, 5, dtype=torch.float64)
+    model = rm.split(model, rm.Plan(tasks=TASKS, layers=parts), sample=sample)
+    probe = Probe(model, balancer="mgda")
+    probe.backward(losses(model))
+    found = grads(model)
+    model.zero_grad()
+    Probe(model, balancer="mgda").backward(losses(model, tasks=("a", "b", "c")))
+    for name, grad in grads(model).items():
+        torch.testing.assert_close(found[name], grad)
+
+
+@pytest.mark.parametrize("spec", ["cagrad", "mgda", "graddrop", "fairgrad", "uw", "db-mtl"])
+def test_gradient_scaling_changes_nothing(spec: str) -> None:
+    model = network(torch.float32)
+    expected = balanced(spec, model)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    model.zero_grad()
+    torch.manual_seed(7)
+    Probe(model, balancer=Balancer(spec, TASKS)).backward(losses(model), scaler=scaler)
+    for name, grad in grads(model).items():
+        torch.testing.assert_close(grad / 1024, expected[name], rtol=1e-4, atol=1e-6)
+
+
+def test_what_is_not_finite_arrives_where_it_is_looked_for() -> None:
+    for spec in ("cagrad", "graddrop"):
+        model = network(torch.float32)
+        bad = losses(model)
+        Probe(model, balancer=spec, start=3).backward({**bad, "a": bad["a"] * math.inf})
+        assert not bool(model.stem.weight.grad.isfinite().all())  # type: ignore[union-attr]
+
+
+# A user's own. --------------------------------------------------------------------------------------------------------
+
+
+class Halves(aggregation.Aggregator):  # type: ignore[misc, name-defined]
+    def forward(self, matrix: Tensor, /) -> Tensor:
+        return matrix.sum(0) / 2
+
+
+class Thirds(aggregation.Weighting):  # type: ignore[misc, name-defined]
+    def forward(self, stat: Tensor, /) -> Tensor:
+        return torch.full((len(stat),), 1 / 3, dtype=stat.dtype)
+
+
+class Growing(Rule):
+    def __init__(self) -> None:
+        self.step = 0
+
+    def weights(self, gram: Tensor, losses: Tensor) -> Tensor:
+        del gram
+        self.step += 1
+        return torch.full_like(losses, float(self.step))
+
+
+@pytest.mark.parametrize(
+    ("given", "factor"), [(Halves(), 1 / 2), (Thirds(), 1 / 3), (lambda g: 2 + 0 * g[0], 2.0), (Growing(), 1.0)]
+)
+def test_objects_and_functions_are_taken_as_they_are(given: object, factor: float) -> None:
+    model = network()
+    found, expected = balanced(given, model), balanced("joint", model)
+    torch.testing.assert_close(found["stem.weight"], factor * expected["stem.weight"])
+    torch.testing.assert_close(found["heads.a.weight"], expected["heads.a.weight"])
+
+
+def test_what_is_no_balancer_is_refused() -> None:
+    assert check_balancer("cagrad:c=0.4,rescale=false") == []
+    faults = check_balancer("cagrad:a=0.4,rescale=2,c=-1")
+    assert len(faults) == 2
+    assert "'c'" in faults[0]
+    assert "true or false" in faults[1]
+    assert "'cagrad'" in check_balancer("cagra")[0]
+    assert "not negative" in check_balancer("cagrad:c=-1")[0]
+    assert "a number" in check_balancer("cagrad:c=x")[0]
+    for wrong, told in ((nn.Linear(2, 2), "no Aggregator"), (3, "expected a name"), (Halves, "expected a name")):
+        with pytest.raises(ProblemError, match=told):
+            Balancer(wrong, TASKS)
+    with pytest.raises(ProblemError, match="several batches"):
+        Balancer(aggregation.SDMGradWeighting(), TASKS)
+    with pytest.raises(ProblemError, match="number per task"):
+        Balancer("uw")
+    model = network()
+    with pytest.raises(ProbeError, match="should return 4 weights"):
+        balanced(lambda gram: gram[0, :2], model)
+    with pytest.raises(ProbeError, match="not finite"):
+        balanced(lambda gram: gram[0] * math.nan, model)
+    with pytest.raises(ProbeError, match="whole step"):
+        Probe(model, balancer="mgda").backward(losses(model), last=False)
+    with pytest.raises(ProbeError, match="exact"):
+        Probe(model, balancer="mgda", exact=True)
+
+
+def test_what_is_not_installed_is_said_with_the_line_that_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    with pytest.raises(MissingExtraError, match=r'pip install "reconmtl\[torchjd\]"'):
+        Balancer("upgrad", TASKS)
+    assert Balancer("cagrad").label == "CAGrad"  # ours needs nothing
+
+
+def test_labels() -> None:
+    assert label_of("cagrad:c=0.4") == "CAGrad (c=0.4)"
+    assert label_of("mgda") == "MGDA"
+    assert label_of(Halves()) == "Halves"
