@@ -284,18 +284,6 @@ class ConflictLog:
         scored = dict(zip(self.layers, scores, strict=True))
         return Ranking(self, scored, severity=severity, possible=possible, error=error)
 
-    @property
-    def absent(self) -> dict[str, int]:
-        """Recorded steps in which a task had no gradient at all, because its batch held no target for it.
-
-        Raises:
-            RunError: If the log holds counts, which do not tell.
-        """
-        if self.counts is not None:
-            raise RunError("This log holds counts instead of Gram matrices; `metrics.jsonl` says who was absent.")
-        missing = norms_squared(self.grams, len(self.tasks)).isnan().all(1).sum(0)
-        return dict(zip(self.tasks, missing.tolist(), strict=True))
-
     def merge(self, others: Sequence[ConflictLog]) -> ConflictLog:
         """Append the steps of other logs (other seeds, say) of the same tasks and layers.
 
