@@ -267,6 +267,24 @@ def test_an_interrupted_study_leaves_no_process_behind_and_resumes(tmp_path: Pat
     assert (tmp_path / "o" / "log" / "log.json").stat().st_mtime_ns == before
 
 
+@pytest.mark.slow
+def test_trainings_end_when_their_parent_is_killed(tmp_path: Path) -> None:
+    words = ["run", "planted", "--epochs", "5000", "--probe-epochs", "1", "--seeds", "0", "--jobs", "2", "--out", "o"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "reconmtl", *words], cwd=tmp_path, stderr=subprocess.DEVNULL, start_new_session=True
+    )
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "o" / "single" / "seed0" / "metrics.jsonl").exists():
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.1)
+    process.kill()
+    process.wait()
+    while _alive(process.pid):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    assert not list((tmp_path / "o").rglob("result.json"))
+
+
 def _alive(group: int) -> bool:
     try:
         os.killpg(group, 0)
