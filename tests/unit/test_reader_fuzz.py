@@ -263,17 +263,24 @@ def _json_case(reader: Reader, data: st.DataObject, made: tuple[Path, dict[Path,
     _try(reader, folder, file, b"\n".join([changed, *rest]), files[file])
 
 
-@pytest.mark.parametrize("name", ["plan", "log", "counted", "run", "split", "cached"])
-def test_values_of_another_shape_are_refused_by_name(name: str) -> None:
+def _value_cases(name: str, cases: int) -> None:
     reader = next(r for r in READERS if r.name == name)
     with _folder(reader) as made:
 
-        @settings(max_examples=FEW, deadline=None, suppress_health_check=list(HealthCheck), database=None)
+        @settings(max_examples=cases, deadline=None, suppress_health_check=list(HealthCheck), database=None)
         @given(st.data())
         def check(data: st.DataObject) -> None:
             _json_case(reader, data, made)
 
         check()
+
+
+JSON = ("plan", "log", "counted", "run", "split", "cached")
+
+
+@pytest.mark.parametrize("name", JSON)
+def test_values_of_another_shape_are_refused_by_name(name: str) -> None:
+    _value_cases(name, FEW)
 
 
 def _main() -> None:
@@ -287,16 +294,8 @@ def _main() -> None:
         outcomes = _bytes_cases(reader, each, 1)
         total += sum(outcomes.values())
         print(f"{reader.name:12}{outcomes['refused']:6} refused {outcomes['read']:6} read", flush=True)
-    for name in ("plan", "log", "counted", "run", "split", "cached"):
-        reader = next(r for r in READERS if r.name == name)
-        with _folder(reader) as made:
-
-            @settings(max_examples=500, deadline=None, suppress_health_check=list(HealthCheck), database=None)
-            @given(st.data())
-            def check(data: st.DataObject, reader: Reader = reader, made: Any = made) -> None:
-                _json_case(reader, data, made)
-
-            check()
+    for name in JSON:
+        _value_cases(name, 500)
         total += 500
     print(f"{total} damaged files: each was read or refused with an error that names it")
 
