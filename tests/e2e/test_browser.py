@@ -269,3 +269,16 @@ def test_hostile_names_are_shown_as_text(chromium: Any, tmp_path: Path) -> None:
     assert shown.page.evaluate("document.querySelectorAll('img, b > b').length") == 0
     assert shown.page.evaluate("document.scripts.length") == 2
     assert shown.complaints == []
+
+
+def test_long_names_fit_a_phone(chromium: Any, tmp_path: Path) -> None:
+    layers = [f"vision_model.encoder.layers.{i}.self_attention.output_projection" for i in range(12)]
+    tasks = ["semantic segmentation of indoor scenes", "depth" * 12]
+    write_study(tmp_path / "s", tasks=tasks, layers=layers, steps=40)
+    path = report(tmp_path / "s", to=tmp_path / "r.html")
+    for width in (360, 390, 800):
+        shown = show(chromium, path, width=width)
+        assert shown.page.evaluate("document.documentElement.scrollWidth") <= width
+        seen = shown.page.locator("#plan .layer .name:visible").all_inner_texts()
+        assert len(set(seen)) == 12 + 1  # shortened names still differ; the last line is the heads'
+    assert shown.complaints == []

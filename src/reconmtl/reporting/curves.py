@@ -16,7 +16,7 @@ from reconmtl.reporting.axes import TASK_COLOURS, Scale, dot, frame, polyline, s
 from reconmtl.reporting.markup import Html, tag
 from reconmtl.reporting.material import Material, Point
 from reconmtl.reporting.windows import Windows, ratio
-from reconmtl.reporting.words import Section, listed, percent, plural
+from reconmtl.reporting.words import Section, fitting, listed, percent, plural
 
 POINTS = 12
 """Points of a layer's curve: fewer are calmer."""
@@ -108,11 +108,12 @@ class Scores:
             kind = ("curve split" if self.split[i] else "curve") + (" strong" if i in named else "")
             lines.append(tag("g", polyline(points, cls=kind), polyline(points, cls="catch"), data_tip=tip))
         ends = {i: y(float(self.rates[-1, i])) for i in named if not math.isnan(self.rates[-1, i])}
+        short = fitting(self.layers, wide=26, narrow=14)
         placed = spread_out(list(ends.values()), gap=58)
         labels = [
             tag(
                 "span",
-                tag("bdi", self.layers[i]),
+                short[i],
                 cls="end split" if self.split[i] else "end",
                 style=f"top:{p / 10:.4g}%",
             )

@@ -14,7 +14,7 @@ from reconmtl.reporting.axes import steps, whole_steps
 from reconmtl.reporting.markup import Html, data_block, join, tag
 from reconmtl.reporting.material import Material
 from reconmtl.reporting.windows import Windows, ratio
-from reconmtl.reporting.words import Section, listed, percent, plural
+from reconmtl.reporting.words import Section, fitting, listed, percent, plural
 
 SHADES = 9
 """Colours of a scale, from none to most."""
@@ -172,8 +172,8 @@ class Heatmap:
             for c in range(columns)
         ]
         names = [
-            tag("div", tag("bdi", name), cls="split" if name in self.split else None, title=name)
-            for name in self.layers
+            tag("div", short, cls="split" if name in self.split else None, title=name)
+            for name, short in zip(self.layers, fitting(self.layers), strict=True)
         ]
         borders = self.windows.borders
         end = int(borders[-1])

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from reconmtl.plan import Partition
 from reconmtl.reporting import proposals
 from reconmtl.reporting.axes import TASK_COLOURS
-from reconmtl.reporting.markup import Html, tag
+from reconmtl.reporting.markup import Html, join, tag
 from reconmtl.reporting.material import Material
-from reconmtl.reporting.words import Section, listed, percent, plural
+from reconmtl.reporting.words import Section, common, fitting, listed, percent, plural
 
 WIDTH, HEIGHT = 84, 26
 """Of one layer's piece of the drawing, pixels."""
@@ -109,8 +109,9 @@ class Drawing:
         lanes = Lanes(self.tasks)
         before: Partition | None = None
         lines = []
-        for i, row in enumerate(self.rows):
-            lines.append(self._row(row, lanes.piece(before if i else None, row.groups, node=True), worst))
+        names = [r.name for r in self.rows]
+        for i, (row, name) in enumerate(zip(self.rows, fitting(names), strict=True)):
+            lines.append(self._row(row, name, lanes.piece(before if i else None, row.groups, node=True), worst))
             before = row.groups
         heads = tuple((t,) for t in self.tasks)
         end = [
@@ -126,9 +127,14 @@ class Drawing:
         )
         titles = ("", "layer", "conflicts", "parameters", "copies")
         header = tag("div", [tag("span", t) for t in titles], cls="layer header")
-        return tag("div", header, lines, last, cls="network" + (" long" if len(self.rows) > 64 else ""))
+        kind = "network" + (" long" if len(self.rows) > 64 else "")
+        start = common(names)
+        note = tag(
+            "p", "Names stand without their common beginning ", tag("code", start.removesuffix(".")), ".", cls="note"
+        )
+        return join(tag("div", header, lines, last, cls=kind), note if start else None)
 
-    def _row(self, row: Row, piece: Html, worst: float) -> Html:
+    def _row(self, row: Row, name: Html, piece: Html, worst: float) -> Html:
         score = "" if row.conflicts is None else f"{row.conflicts:,}"
         told = [f"{row.name} ({row.type})" if row.type else row.name]
         if row.conflicts is not None and row.measured:
@@ -151,7 +157,7 @@ class Drawing:
             piece,
             tag(
                 "div",
-                tag("span", row.name),
+                tag("span", name),
                 tag("small", row.type, " (rounding noise)" if row.noise else None),
                 cls="name",
             ),

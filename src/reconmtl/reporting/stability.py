@@ -13,7 +13,7 @@ from reconmtl.reporting.axes import whole_steps
 from reconmtl.reporting.markup import Html, join, tag
 from reconmtl.reporting.material import Material
 from reconmtl.reporting.windows import Windows
-from reconmtl.reporting.words import Section, listed, percent, plural
+from reconmtl.reporting.words import Section, fitting, listed, percent, plural
 
 SAMPLES = 1000
 """Resampled recordings."""
@@ -107,7 +107,7 @@ class Stability:
                 cls="rank header",
             )
         ]
-        for i, name in enumerate(self.layers[:ROWS]):
+        for i, (name, short) in enumerate(zip(self.layers[:ROWS], fitting(self.layers), strict=False)):
             low, high = int(self.low[i]), int(self.high[i])
             tip = (
                 f"{name}\nrank {i + 1}, from {low} to {high} in 90 % of resampled recordings\n"
@@ -132,7 +132,7 @@ class Stability:
             rows.append(
                 tag(
                     "div",
-                    tag("div", tag("bdi", name), cls="name"),
+                    tag("div", short, cls="name"),
                     picture,
                     frequency,
                     cls=f"rank{inside}",

@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from reconmtl.reporting.markup import Html
+from reconmtl.reporting.markup import Html, join, tag
 
 
 @dataclass(frozen=True)
@@ -60,3 +60,34 @@ def minus(text: str) -> str:
 def signed(value: float, digits: int = 2) -> str:
     """A number with a sign, with a minus as long as a plus."""
     return f"{value:+.{digits}f}".replace("-", "\u2212")
+
+
+def common(names: Sequence[str]) -> str:
+    """The dotted beginning that all names have, with its last dot; '' if there is none."""
+    parts = [name.split(".")[:-1] for name in names]
+    kept = []
+    for column in zip(*parts, strict=False):
+        if len(set(column)) > 1:
+            break
+        kept.append(column[0])
+    return ".".join([*kept, ""]) if kept and len(names) > 1 else ""
+
+
+def shortened(names: Sequence[str], *, most: int = 36) -> list[str]:
+    """Names without their common beginning, and with dots in the middle of what is still too long: both ends tell."""
+    start = len(common(names))
+    out = []
+    for name in names:
+        short = name[start:]
+        head = most // 3
+        out.append(short if len(short) <= most else f"{short[:head]}\u2026{short[head + 1 - most :]}")
+    return out
+
+
+def fitting(names: Sequence[str], *, wide: int = 36, narrow: int = 16) -> list[Html]:
+    """Shortened names for wide and for narrow screens; the page's style shows one of the two."""
+    pairs = zip(shortened(names, most=wide), shortened(names, most=narrow), strict=True)
+    return [
+        tag("bdi", a) if a == b else join(tag("bdi", a, cls="wide-only"), tag("bdi", b, cls="narrow-only"))
+        for a, b in pairs
+    ]
