@@ -52,6 +52,8 @@ def boards(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[Board]]:
 
 
 @pytest.mark.filterwarnings("ignore:.*:DeprecationWarning:tensorboard.*")
+@pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")  # Lightning's own, as the next
+@pytest.mark.filterwarnings("ignore:.*does not have many workers")
 @pytest.mark.parametrize("page", PAGES)
 def test_code_blocks_run(
     page: str,
