@@ -1,0 +1,216 @@
+"""What the experiments are made of: probes and trainings at a scale, each in its own folder and done only once.
+
+Experiments name trainings, not folders: the joint training of one experiment is that of all of them.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+from reconmtl.choices import Decided, decide, load_problem
+from reconmtl.conflicts import ConflictLog
+from reconmtl.errors import ReconError, RunError, UnknownNameError, nearest
+from reconmtl.evaluation import Machine
+from reconmtl.plan import Plan
+from reconmtl.problem import Problem
+from reconmtl.runs import Run
+from reconmtl.settings import Settings
+from reconmtl.train import fit, probe
+
+Scale = Literal["mini", "full"]
+SCALES: tuple[Scale, ...] = ("mini", "full")
+PRESETS: Mapping[str, Mapping[Scale, str]] = {
+    "multifashion": {"mini": "demo", "full": "paper"},
+    "celeba": {"mini": "demo", "full": "paper"},
+    "cityscapes": {"full": "paper"},
+    "nyuv2": {"full": "paper"},
+    "scenes": {"mini": "demo"},
+    "planted": {"mini": "default"},
+}
+"""Problem -> scale -> its preset. The paper's dense problems need their files; drawn scenes stand in for them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setup:
+    """A problem at a scale, and the folder of everything that is trained on it.
+
+    Attributes:
+        decided: Everything the trainings depend on but for method, plan and seed.
+        folder: Of the probes and trainings.
+        smoke: Two small batches of everything.
+        accelerator: As Lightning Fabric names them.
+    """
+
+    decided: Decided
+    folder: Path
+    smoke: bool = False
+    accelerator: str = "auto"
+
+    @classmethod
+    def of(
+        cls,
+        problem: str,
+        scale: Scale,
+        out: Path,
+        *,
+        smoke: bool = False,
+        accelerator: str = "auto",
+        epochs: int | None = None,
+    ) -> Setup:
+        """The problem with the preset that stands for the scale.
+
+        Raises:
+            ReconError: If the problem has no such scale, or its data is missing.
+        """
+        presets = PRESETS[problem]
+        if scale not in presets:
+            raise UnknownNameError(f"{problem} has no scale {scale!r}. {nearest(scale, presets)}")
+        settings = Settings(
+            problem=problem, preset=presets[scale], fast_dev_run=smoke, accelerator=accelerator, epochs=epochs
+        )
+        name = f"{scale}-{problem}" + (f"-{epochs}-epochs" if epochs else "")
+        return cls(decided=decide(settings), folder=out / name, smoke=smoke, accelerator=accelerator)
+
+    def problem(self, width: int | None = None) -> Problem:
+        """The problem, with a network of another width if one is given."""
+        options = self.decided.options | ({} if width is None else {"width": width})
+        return load_problem(replace(self.decided, options=options))
+
+    def machine(self) -> Machine:
+        """Where it runs."""
+        return Machine(
+            accelerator=self.accelerator, precision=self.decided.precision, max_batches=self.decided.max_batches
+        )
+
+    def probe(self, seed: int, *, balancer: str = "joint", epochs: int | None = None) -> ConflictLog:
+        """The log of a probe under a seed; one that is finished is read."""
+        length = self.decided.probe_epochs if epochs is None else epochs
+        name = f"{balancer_slug(balancer)}-{length}-epochs"
+        return probe(
+            self.problem(),
+            epochs=length,
+            balancer=balancer,
+            seed=seed,
+            out=self.folder / "probes" / name / f"seed{seed}",
+            resume=True,
+            machine=self.machine(),
+        )
+
+
+Choice = Callable[[Setup, ConflictLog, int], Plan]
+"""How layers are chosen: (setup, log of the seed's probe, seed) -> plan."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """One row of a table: a way to train.
+
+    Attributes:
+        name: Row label, and name of its folder.
+        method: "joint" or "single".
+        choose: Layers to split; None for none.
+        balancer: How the shared gradient is formed.
+        norm_stats: Running statistics of shared BatchNorms behind a split.
+        width: Of the network; None for the setup's. A function finds it from the setup and the log.
+        record: Record one of so many steps; 0 for none.
+    """
+
+    name: str
+    method: Literal["joint", "single"] = "joint"
+    choose: Choice | None = None
+    balancer: str = "joint"
+    norm_stats: Literal["per-task", "shared"] = "per-task"
+    width: Callable[[Setup, ConflictLog], int] | None = None
+    record: int = 0
+
+    def folder(self, setup: Setup) -> Path:
+        """Where its runs are."""
+        parts = [self.name] if self.balancer == "joint" else [self.name, balancer_slug(self.balancer)]
+        parts += ["shared-statistics"] if self.norm_stats == "shared" else []
+        parts += [f"record-{self.record}"] if self.record else []
+        return setup.folder / "-".join(slug(p) for p in parts)
+
+    def missing(self) -> str | None:
+        """What this training needs that there is not; None if nothing."""
+        return None if available(self.balancer) else f"no balancer {self.balancer!r} yet"
+
+    def finished(self, setup: Setup, seed: int) -> Run | None:
+        """Its run under a seed, if there is one."""
+        path = self.folder(setup) / f"seed{seed}"
+        return Run.load(path) if (path / "result.json").exists() else None
+
+    def run(self, setup: Setup, seed: int) -> Run:
+        """Train it under a seed; a run that is finished is read.
+
+        Raises:
+            ReconError: If it cannot be trained.
+        """
+        if (done := self.finished(setup, seed)) is not None:
+            return done
+        if (missing := self.missing()) is not None:
+            raise RunError(f"{self.name}: {missing}.")
+        log = setup.probe(seed) if self.choose is not None or self.width is not None else None
+        plan = None if self.choose is None or log is None else self.choose(setup, log, seed)
+        width = None if self.width is None or log is None else self.width(setup, log)
+        (run,) = fit(
+            setup.problem(width),
+            method=self.method,
+            plan=plan,
+            balancer=None if self.method == "single" else self.balancer,
+            record=self.record,
+            seeds=(seed,),
+            norm_stats=self.norm_stats,
+            out=self.folder(setup),
+            resume=True,
+            machine=setup.machine(),
+        )
+        (self.folder(setup) / f"seed{seed}" / "last.ckpt").unlink(missing_ok=True)  # tables need no weights
+        return run
+
+
+def slug(name: str) -> str:
+    """A name as that of a folder."""
+    return "".join(c if c.isalnum() or c in "._" else "-" for c in name).strip("-")
+
+
+def balancer_slug(spec: str) -> str:
+    """A balancer's spec as part of a folder's name."""
+    return slug(spec.replace("=", "").replace(":", "-"))
+
+
+def available(balancer: str) -> bool:
+    """Whether this version of the library can train with a balancer."""
+    if balancer == "joint":
+        return True
+    if importlib.util.find_spec("reconmtl.balance") is None:
+        return False
+    check = importlib.import_module("reconmtl.balance").check_balancer
+    return not check(balancer)
+
+
+def run_all(
+    setup: Setup, trainings: Sequence[Training], seeds: Sequence[int], tell: Callable[[str], None] = print
+) -> list[tuple[str, int, str]]:
+    """Do what is not done yet, seed by seed; what cannot be done is told and left out.
+
+    Returns:
+        (training, seed, reason) of each that is missing.
+    """
+    lacking = []
+    for seed in seeds:
+        for training in trainings:
+            if training.finished(setup, seed) is not None:
+                continue
+            try:
+                run = training.run(setup, seed)
+            except ReconError as error:
+                lacking.append((training.name, seed, str(error)))
+                tell(f"{training.name}, seed {seed}: missing: {error}")
+            else:
+                tell(f"{training.name}, seed {seed}: {run.seconds:.0f} s")
+    return lacking
