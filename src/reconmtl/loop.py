@@ -296,7 +296,7 @@ class _Training:
             "optimizer": self.optimizer.state_dict(),
             "schedule": {"last_epoch": self.schedule.last_epoch, "_step_count": self.schedule._step_count},
             "probe": None if self.probe is None else self.probe.state_dict(),
-            "total": self.total,
+            "total": self.ranks.gather(self.total.cpu()),
             "absent": self.absent,
             "reached": sorted(self.reached),
             "values": self.values,
@@ -318,6 +318,8 @@ class _Training:
         if found.training is None:
             raise RunError("it holds a finished network, not the state of a training.")
         state = found.training["state"]
+        if len(state["random"]) != self.ranks.size:
+            raise RunError(f"it was made by {len(state['random'])} processes, now there are {self.ranks.size}.")
         restore_model(self.model, found, source)
         self.sampler.restore(state["sampler"])
         self.optimizer.load_state_dict(state["optimizer"])
@@ -330,14 +332,12 @@ class _Training:
         self.epoch, self.stepped = int(state["epoch"]), bool(state["stepped"])
         if not 1 <= self.epoch <= self.epochs + 1:
             raise RunError(f"field 'epoch' = {self.epoch} is not among 1 to {self.epochs + 1}.")
-        self.total.copy_(state["total"])
+        self.total.copy_(state["total"][self.ranks.rank])
         self.absent = {t: int(state["absent"][t]) for t in self.absent}
         self.reached = set(state["reached"])
         self.values = {str(t): {str(m): float(v) for m, v in of.items()} for t, of in state["values"].items()}
         self.seconds, self.since = float(state["seconds"]), time.perf_counter()
         self._cut(state["written"])
-        if len(state["random"]) != self.ranks.size:
-            raise RunError(f"it was made by {len(state['random'])} processes, now there are {self.ranks.size}.")
         set_random_states(state["random"][self.ranks.rank])  # last: nothing is drawn from here to the next step
 
     # The metrics file. ------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -134,6 +135,39 @@ def test_the_command_runs_in_two_processes_and_speaks_once(tmp_path: Path) -> No
     assert "exists already" in again.stderr
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.skipif(sys.platform == "win32", reason="no gloo over sockets there")
+def test_two_processes_that_were_stopped_go_on_together(tmp_path: Path) -> None:
+    whole = _torchrun(__file__, str(tmp_path / "whole"), "stop", "0")
+    assert whole.returncode == 0, whole.stdout + whole.stderr
+    stopped = _torchrun(__file__, str(tmp_path / "parts"), "stop", "60")
+    assert stopped.returncode != 0
+    assert "Saved in epoch" in stopped.stderr
+    assert not (tmp_path / "parts" / "seed0" / "result.json").exists()
+    again = _torchrun(__file__, str(tmp_path / "parts"), "stop", "0")
+    assert again.returncode == 0, again.stdout + again.stderr
+    for name in ("last.ckpt", "result.json", "metrics.jsonl", "log/grams.safetensors"):
+        assert (tmp_path / "parts/seed0" / name).read_bytes() == (tmp_path / "whole/seed0" / name).read_bytes(), name
+
+
+class Stops(Points):
+    """The second process gets a signal while it fetches its n-th sample."""
+
+    left = 0
+
+    def __getitem__(self, i: int) -> tuple[Tensor, dict[str, Tensor | None]]:
+        Stops.left -= 1
+        if Stops.left == 0 and os.environ["RANK"] == "1":
+            os.kill(os.getpid(), signal.SIGTERM)
+        return super().__getitem__(i)
+
+
+def _stop(out: Path, after: int) -> None:
+    Stops.left = after
+    rm.fit(make().replace(train=Stops(16 * 5, 1)), plan=PLAN, record=True, out=out, resume=True)
+
+
 def test_more_devices_than_processes_are_refused_with_the_command() -> None:
     with pytest.raises(rm.ReconError, match=r"devices = 4: .*torchrun --nproc-per-node=4 -m reconmtl"):
         rm.Machine(devices=4)
@@ -141,4 +175,7 @@ def test_more_devices_than_processes_are_refused_with_the_command() -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    _work(Path(sys.argv[1]), int(sys.argv[2]))
+    if sys.argv[2] == "stop":
+        _stop(Path(sys.argv[1]), int(sys.argv[3]))
+    else:
+        _work(Path(sys.argv[1]), int(sys.argv[2]))
