@@ -115,7 +115,7 @@ BALANCERS: Mapping[str, Method] = {
     "trimmed-mean": Method("Trimmed mean", _trimmed_mean),
     "pcd": Method("PCD", _pcd),
     "excess-mtl": Method("ExcessMTL", _excess),
-    "random-gradients": Method("RGW", lambda: weighting("RandomWeighting", times_tasks=True)),
+    "rgw": Method("RGW", lambda: weighting("RandomWeighting", times_tasks=True)),
     "gradnorm": Method("GradNorm", GradNorm),
     "db-mtl": Method("DB-MTL", DualBalancing),
     "uw": Method("UW", _uw),
@@ -124,7 +124,7 @@ BALANCERS: Mapping[str, Method] = {
     "famo": Method("FAMO", _famo),
     "stch": Method("STCH", _stch),
     "geometric-mean": Method("Geometric mean", lambda: scalarizer("GeometricMean", times_tasks=True)),
-    "random": Method("RLW", lambda: scalarizer("Random", times_tasks=True)),
+    "rlw": Method("RLW", lambda: scalarizer("Random", times_tasks=True)),
 }
 """Every balancer that has a name. Your own needs none: pass the object."""
 
@@ -141,25 +141,41 @@ def _parse(spec: str) -> tuple[str, dict[str, Any], list[str]]:
     name, _, rest = spec.partition(":")
     if name not in BALANCERS:
         return name, {}, [f"Unknown balancer {name!r}. {nearest(name, BALANCERS)}"]
-    known = {n: p for n, p in inspect.signature(BALANCERS[name].make).parameters.items() if n != "tasks"}
-    values: dict[str, Any] = {}
-    faults = []
-    for part in filter(None, rest.split(",")):
-        key, equals, text = (piece.strip() for piece in part.partition("="))
-        if not equals or key not in known:
-            faults.append(f"{name} has no parameter {key!r}. {nearest(key, known)} Write e.g. 'cagrad:c=0.4'.")
-            continue
-        kind = type(known[key].default)
-        try:
-            values[key] = _value(text, kind)
-        except (ValueError, SyntaxError):
-            faults.append(f"{name}: {key} = {text!r}: expected {_KINDS[kind]}.")
+    values, faults = read_parameters(name, rest, BALANCERS[name].make)
     if not faults:
         try:
             BALANCERS[name].make(**values, **_count(name, 2))
         except ValueError as error:
             faults.append(f"{name}: {error}.")
     return name, values, faults
+
+
+def read_parameters(name: str, text: str, make: Callable[..., Any]) -> tuple[dict[str, Any], list[str]]:
+    """Read "c=0.4,rescale=false" as the keyword arguments of a function, by the types of their defaults.
+
+    Args:
+        name: Of the method, for messages.
+        text: What follows the colon.
+        make: Whose keyword-only arguments are meant.
+
+    Returns:
+        Values, and what is wrong as sentences.
+    """
+    signature = inspect.signature(make).parameters.items()
+    known = {n: p for n, p in signature if p.kind is p.KEYWORD_ONLY and p.default is not p.empty}
+    values: dict[str, Any] = {}
+    faults = []
+    for part in filter(None, text.split(",")):
+        key, equals, written = (piece.strip() for piece in part.partition("="))
+        if not equals or key not in known:
+            faults.append(f"{name} has no parameter {key!r}. {nearest(key, known)} They are written 'cagrad:c=0.4'.")
+            continue
+        kind = type(known[key].default)
+        try:
+            values[key] = _value(written, kind)
+        except (ValueError, SyntaxError):
+            faults.append(f"{name}: {key} = {written!r}: expected {_KINDS[kind]}.")
+    return values, faults
 
 
 _KINDS = {float: "a number", int: "a whole number", bool: "true or false", str: "a word"}
@@ -246,6 +262,15 @@ class Balancer:
         if not bool(found.isfinite().all()):
             raise ProbeError(f"The balancer {self.label} returned weights that are not finite: {found.tolist()}.")
         return found.detach().double()
+
+    def backward(
+        self, gradients: Gradients, losses: Mapping[str, Tensor], *, scale: Tensor | float = 1.0, measure: bool = True
+    ) -> Measured | None:
+        """Add the update of one step to `.grad`, see `sweep`; returns the Gram matrices if they are wanted."""
+        found = self.sweep(gradients, losses, scale=scale, measure=measure)
+        if found is not None:
+            gradients.add(found)
+        return found if measure else None
 
     def sweep(
         self, gradients: Gradients, losses: Mapping[str, Tensor], *, scale: Tensor | float = 1.0, measure: bool = True
@@ -341,10 +366,10 @@ class Balancer:
         """What the optimizer should train beside the network."""
         return self.rule.parameters()
 
-    def again(self, losses: Mapping[str, Tensor]) -> None:
+    def again(self, values: Mapping[str, float]) -> None:
         """Tell a method that wants to know (`rule.looks_again`) the losses of the same batch after the step."""
         if self.rule.looks_again:
-            self.rule.again(torch.stack([losses[t].detach() for t in self.tasks]).cpu().double())
+            self.rule.again(torch.tensor([values[t] for t in self.tasks], dtype=torch.float64))
 
     def end_epoch(self) -> None:
         """To be called after every epoch."""

@@ -13,6 +13,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar, cast
 
+from reconmtl.architectures import ARCHITECTURES, check_method
+from reconmtl.balance import BALANCERS
 from reconmtl.conflicts import check_severity
 from reconmtl.errors import DataError, ProblemError, ReconError, UnknownNameError, nearest
 from reconmtl.evaluation import Machine
@@ -25,6 +27,9 @@ from reconmtl.train import check_seeds
 
 T = TypeVar("T")
 
+
+KNOWN = tuple(dict.fromkeys([*BASES, *BALANCERS, *ARCHITECTURES]))
+"""What can be trained, with or without a plan; parameters follow a colon."""
 
 SMOKE_BATCH = 32
 """Samples per batch of a smoke test, at most: it is to end within a minute on any machine."""
@@ -144,9 +149,11 @@ def split_method(name: str) -> tuple[str, str | None]:
     Raises:
         UnknownNameError: If there is no such method; the nearest are given.
     """
-    base, plus, plan = (name, "", "") if name in BASES else name.partition("+") if "+" in name else ("joint", "+", name)
-    if base not in BASES or (plus and plan not in PLANS):
-        raise UnknownNameError(f"Unknown method {name!r}. {nearest(name, METHODS)}")
+    base, plus, plan = ("joint", "+", name) if name in PLANS else name.partition("+")
+    if base.partition(":")[0] not in KNOWN or (plus and plan not in PLANS):
+        raise UnknownNameError(f"Unknown method {name!r}. {nearest(name, (*METHODS, *KNOWN))}")
+    if faults := check_method(base):
+        raise ProblemError("\n".join(faults))
     if base == "single" and plan:
         raise UnknownNameError(f"Unknown method {name!r}: single-task training shares nothing that could be split.")
     return base, plan or None

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 from reconmtl.errors import ConfigError, ReconError, nearest
 from reconmtl.settings import (
-    BASES,
     CheckSettings,
     CompareSettings,
     DataSettings,
@@ -193,6 +192,7 @@ def rank(options: RankSettings, faults: Faults) -> Answer:
 
 def fit(options: FitSettings, faults: Faults) -> Answer:
     """Train one method, once per seed."""
+    from reconmtl.architectures import check_method
     from reconmtl.choices import load_problem
     from reconmtl.comparing import compare as side_by_side
     from reconmtl.jobs import Job
@@ -200,8 +200,8 @@ def fit(options: FitSettings, faults: Faults) -> Answer:
     from reconmtl.train import open_run
 
     found = list(faults)
-    if options.method not in BASES:
-        found.append(f"Unknown method {options.method!r}. {nearest(options.method, BASES)} Layers are split by --plan.")
+    wrong = check_method(options.method)
+    found += [f"{fault} Layers are split by --plan." if "Unknown" in fault else fault for fault in wrong]
     plan = None
     if options.plan is not None:
         if options.method == "single":
@@ -210,7 +210,7 @@ def fit(options: FitSettings, faults: Faults) -> Answer:
             plan = Plan.load(options.plan)
         except ReconError as error:
             found.append(str(error))
-    settings = _settings(options, methods=(options.method if options.method in BASES else "joint",))
+    settings = _settings(options, methods=("joint" if wrong else options.method,))
     decided = _decide(settings, found, plan)
     folder = _folder(options, decided)
     given = None if options.plan is None else str(options.plan)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
 
+from reconmtl.architectures import way
 from reconmtl.checking import first_batches
 from reconmtl.choices import Decided, find_logger, load_problem, split_method
 from reconmtl.conflicts import ConflictLog
@@ -14,10 +14,11 @@ from reconmtl.evaluation import Machine
 from reconmtl.forward import Forward
 from reconmtl.gram import Gradients
 from reconmtl.plan import Plan, check_k
+from reconmtl.problem import Problem
 from reconmtl.randomness import seeded
 from reconmtl.ranking import Ranking
 from reconmtl.splitting import split
-from reconmtl.train import Method, fit, probe
+from reconmtl.train import fit, probe
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class Job:
         method: A method's name; "probe" records and trains nothing else.
         seed: Of initialisation and batches.
         out: Folder of the log, or of the method: the run's own is `seed<k>` in it.
+        base: Of a probe: the method whose network is probed.
         log: Folder of the log that the method's plan comes from; None if it needs none.
         plan: A given plan, as plain data.
         accelerator: As Lightning Fabric names them.
@@ -40,6 +42,7 @@ class Job:
     seed: int
     out: str
     log: str | None = None
+    base: str = "joint"
     plan: str | None = None
     accelerator: str = "auto"
     loggers: tuple[str, ...] = ()
@@ -69,6 +72,7 @@ def do(job: Job) -> None:
         sync_batchnorm=decided.sync_batchnorm,
     )
     if job.method == "probe":
+        problem = way(job.base).change(problem)
         probe(problem, epochs=decided.probe_epochs, seed=job.seed, out=job.out, resume=True, machine=machine)
         return
     base, by = split_method(job.method)
@@ -78,7 +82,7 @@ def do(job: Job) -> None:
         plan = choose_plan(decided, ConflictLog.load(job.log), by, job.seed)
     fit(
         problem,
-        method=cast("Method", base),
+        method=base,
         plan=plan,
         record=0 if base == "single" else decided.record,
         seeds=(job.seed,),
@@ -115,6 +119,13 @@ def plan_by(log: ConflictLog, ranking: Ranking, by: str, k: int | None, *, seed:
     return {"smallest": Plan.smallest, "first": Plan.first, "last": Plan.last}[by](log, k)
 
 
+def own_log(method: str) -> str:
+    """The folder of the log that a method's plan is made from: its own, if its layers are not the joint network's."""
+    base, _ = split_method(method)
+    architecture = way(base).architecture
+    return "log" if architecture is None or not architecture.own_layers else f"log-{base.partition(':')[0]}"
+
+
 def rehearse(decided: Decided, plan: Plan | None = None) -> None:
     """Run a few samples through a fresh network: what would fail after hours fails now, before a folder is made.
 
@@ -122,6 +133,12 @@ def rehearse(decided: Decided, plan: Plan | None = None) -> None:
         ReconError: If nothing is shared, there are fewer than K layers, or the plan does not fit the network.
     """
     problem = load_problem(decided)
+    bases = [split_method(method)[0] for method in decided.methods]
+    for base in {way(b).base: b for b in bases if b != "single"}.values() or ["joint"]:
+        _rehearse(decided, way(base).change(problem), plan)
+
+
+def _rehearse(decided: Decided, problem: Problem, plan: Plan | None) -> None:
     with seeded(decided.seeds[0]):
         model = problem.model()
         losses = Forward(problem, model).losses(first_batches(problem))

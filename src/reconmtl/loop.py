@@ -13,7 +13,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from reconmtl.architectures import Way
+from reconmtl.balance import Balancer
 from reconmtl.batches import sets_of
+from reconmtl.buffers import undisturbed
 from reconmtl.checkpoints import Checkpoint, read_checkpoint, restore_model, save_checkpoint
 from reconmtl.conflicts import ConflictLog
 from reconmtl.errors import Interrupted, ProblemError, ReconError, RunError
@@ -33,6 +36,8 @@ from reconmtl.sampling import Indices, Sampler
 from reconmtl.splitting import check_optimizer, split
 
 NormStats = Literal["per-task", "shared"]
+NEVER = 2**62
+"""A step that no training reaches."""
 EVALUATIONS = 10
 """Evaluations spread over a training, the last one after the last epoch."""
 
@@ -72,6 +77,7 @@ class Job:
         description: Shown beside the progress bar and in errors.
         stop: Train only so many epochs of the recipe's schedule; None trains all.
         norm_stats: What split networks do with running statistics.
+        way: The method's balancer, and what it makes of the network.
         metrics: File that gets a line per epoch.
         begin: Where this training's lines begin in that file, in bytes.
         checkpoint: File from which it goes on and to which it saves; None keeps nothing.
@@ -87,6 +93,7 @@ class Job:
     description: str
     stop: int | None = None
     norm_stats: NormStats = "per-task"
+    way: Way | None = None
     metrics: Path | None = None
     begin: int = 0
     checkpoint: Path | None = None
@@ -143,13 +150,21 @@ class _Training:
             reseed((job.seed + 7919 * self.ranks.rank) % 2**32)  # or all processes would drop the same units
         self.optimizer = recipe.make_optimizer(model)
         check_optimizer(model, self.optimizer)
+        self.balancer = self._balancer(model)
         self.schedule = torch.optim.lr_scheduler.MultiStepLR(
             self.optimizer, list(recipe.milestones), gamma=recipe.gamma
         )
         self.probe = None
-        if job.record:
-            group = dist.group.WORLD if self.ranks.size > 1 else False
-            self.probe = Probe(model, every=job.record, overhead=job.overhead, shared=problem.shared, group=group)
+        if job.record or self.balancer is not None:
+            self.probe = Probe(
+                model,
+                every=job.record or 1,
+                start=0 if job.record else NEVER,
+                overhead=job.overhead,
+                shared=problem.shared,
+                group=dist.group.WORLD if self.ranks.size > 1 else False,
+                balancer=self.balancer,
+            )
         self.replicas = None
         if self.ranks.size > 1 and self.probe is None:
             assert dist.group.WORLD is not None  # Fabric has made it
@@ -161,6 +176,18 @@ class _Training:
         self.asked = self.due = False  # whether a signal, or the time, asks for a checkpoint after this step
         self.reached: set[str] = set()
         self.values: Values = {}
+
+    def _balancer(self, model: nn.Module) -> Balancer | None:
+        """What forms the updates; what it learns itself is trained by the same optimizer."""
+        job = self.job
+        given = None if job.way is None else job.way.at_work(model, job.problem.task_names)
+        if given is None:
+            return None
+        balancer = given if isinstance(given, Balancer) else Balancer(given, job.problem.task_names)
+        if learned := balancer.parameters():
+            decay = {"weight_decay": 0.0} if "weight_decay" in self.optimizer.defaults else {}
+            self.optimizer.add_param_group({"params": learned, **decay})
+        return balancer
 
     # The loop. --------------------------------------------------------------------------------------------------------
 
@@ -196,6 +223,8 @@ class _Training:
                 except Interrupted as asked:
                     self._leave(asked)
                 self.schedule.step()
+                if self.balancer is not None:
+                    self.balancer.end_epoch()
                 self.epoch, self.stepped = self.epoch + 1, False
                 self.total.zero_()
                 self.absent = dict.fromkeys(self.absent, 0)
@@ -203,7 +232,7 @@ class _Training:
         # Single-task networks are often joint ones: what their only task never reaches has no gradient and does not
         # count.
         counted = [p.numel() for n, p in self.model.named_parameters() if len(self.absent) > 1 or n in self.reached]
-        log = None if self.probe is None else self.probe.log
+        log = self.probe.log if self.probe is not None and job.record else None
         return Trained(self.model, log, sum(counted), self.values, self._elapsed(), self._written())
 
     def _step(self, indices: Indices) -> None:
@@ -225,6 +254,9 @@ class _Training:
             self.reached.update(n for n, p in model.named_parameters() if p.grad is not None)
         self.optimizer.step()
         self.total += loss
+        if self.probe is not None and self.balancer is not None and self.balancer.rule.looks_again:
+            with torch.no_grad(), undisturbed(model), fabric.autocast():
+                self.probe.again(self.forward.losses(batches))
 
     def _share(self, losses: dict[str, Tensor], batches: Batches, indices: Indices) -> bool:
         """Weigh the losses so that the processes' mean is that of all their samples; False if there is none at all."""

@@ -149,15 +149,21 @@ class Probe:
                     if not self.exact:
                         self._gradients.average()
 
+    def again(self, losses: Mapping[str, Tensor]) -> None:
+        """Tell a balancer that wants to know it (`balancer.rule.looks_again`, as FAMO) what a step has changed.
+
+        Args:
+            losses: Of the same batch, after the optimizer's step; nothing is differentiated.
+        """
+        if self.balancer is not None:
+            self.balancer.again(self._gradients.mean_losses(losses))
+
     def _balance(self, balancer: Balancer, losses: Mapping[str, Tensor], scaler: Scaler | None, measure: bool) -> None:
         device = next(self._gradients.model.parameters()).device
         scale = 1.0 if scaler is None else scaler.scale(torch.ones((), device=device))
-        found = balancer.sweep(self._gradients, losses, scale=scale, measure=measure)
-        if found is None:
-            return
-        if measure:
+        found = balancer.backward(self._gradients, losses, scale=scale, measure=measure)
+        if found is not None:
             self._recorder.add(found.layout, _unscaled(found.gram, scaler), skip=scaler is not None)
-        self._gradients.add(found)
 
     @contextmanager
     def _micro_batch(self, last: bool) -> Iterator[tuple[bool, bool]]:

@@ -118,7 +118,8 @@ class MethodsOptions:
     """What is compared."""
 
     methods: Names = ("single", "joint", "recon", "random", "smallest")
-    """Rows of the table: single, joint, recon, and the controls random, smallest, norms, first, last."""
+    """Rows of the table: single, joint, mgda, pcgrad, graddrop, cagrad, mmoe ...; recon, and the controls random,
+    smallest, norms, first, last; or both, e.g. cagrad:c=0.4+recon."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -230,7 +231,7 @@ class MethodOptions:
     """What is trained from scratch."""
 
     method: str = "joint"
-    """single (a network per task) or joint (one for all)."""
+    """joint, single (a network per task), a balancer such as cagrad:c=0.4, or mmoe, cross-stitch, bmtas, rotograd."""
     plan: File = None
     """Layers to split beforehand, a plan.json of `reconmtl rank` or of a run."""
 

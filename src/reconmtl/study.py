@@ -13,7 +13,7 @@ from reconmtl.conflicts import ConflictLog
 from reconmtl.errors import RunError
 from reconmtl.evaluation import Machine
 from reconmtl.files import read_json, write_bytes, write_json
-from reconmtl.jobs import Job, choose_plan, rehearse
+from reconmtl.jobs import Job, choose_plan, own_log, rehearse
 from reconmtl.plan import Plan
 from reconmtl.problem import Problem
 from reconmtl.ranking import Ranking
@@ -72,15 +72,16 @@ def study_jobs(decided: Decided, folder: Path, settings: Settings | SweepSetting
     Machine(accelerator=settings.accelerator).ranks().first(lambda: write_config(folder, decided))
     log = folder / "log"
 
-    def job(method: str, seed: int) -> Job:
+    def job(method: str, seed: int, base: str = "joint") -> Job:
         probes = method == "probe"
-        needs = None if probes or not split_method(method)[1] else str(log)
+        needs = None if probes or not split_method(method)[1] else str(folder / own_log(method))
         return Job(
             decided,
             method,
             seed,
-            str(log if probes else folder / method),
+            str(folder / (own_log(base) if probes else method)),
             needs,
+            base=base,
             accelerator=settings.accelerator,
             loggers=settings.loggers,
         )
@@ -88,7 +89,9 @@ def study_jobs(decided: Decided, folder: Path, settings: Settings | SweepSetting
     # Single-task training needs no plan, so it fills the other cores while the probe runs; the shortest come last.
     order = {"single": 0, "joint": 2}
     fits = [job(m, s) for m in sorted(decided.methods, key=lambda m: order.get(m, 1)) for s in decided.seeds]
-    jobs = [j for j in [job("probe", decided.seeds[0]), *fits] if not j.finished]
+    own = {own_log(m): split_method(m)[0] for m in decided.methods if split_method(m)[1]}
+    probes = [job("probe", decided.seeds[0], base) for base in {**own, "log": "joint"}.values()]
+    jobs = [j for j in [*probes, *fits] if not j.finished]
     if (log / "log.json").exists():
         save_plan(folder, decided)
     return jobs
@@ -96,7 +99,7 @@ def study_jobs(decided: Decided, folder: Path, settings: Settings | SweepSetting
 
 def after(job: Job, folder: Path) -> None:
     """What follows a finished job: the plan, as soon as there is a log."""
-    if job.method == "probe":
+    if job.method == "probe" and Path(job.out).name == "log":
         save_plan(folder, job.decided)
 
 

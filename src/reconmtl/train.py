@@ -7,10 +7,12 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from typing import Any, cast, get_args
 
 from torch import nn
 
+from reconmtl.architectures import Way, check_method, way
+from reconmtl.balance import label_of
 from reconmtl.checkpoints import read_checkpoint, restore_model, save_checkpoint
 from reconmtl.conflicts import ConflictLog
 from reconmtl.errors import ProblemError, ReconError, RunError, nearest
@@ -25,9 +27,7 @@ from reconmtl.runs import Run, describe, environment, new_folder
 from reconmtl.single import SingleTasks, for_one
 from reconmtl.splitting import split
 
-Method = Literal["joint", "single"]
 NORM_STATS = get_args(NormStats)
-BALANCERS = ("joint",)
 
 
 def _overridden(problem: Problem, overrides: Mapping[str, Any]) -> Problem:
@@ -38,7 +38,7 @@ def probe(
     problem: Problem,
     *,
     epochs: int,
-    balancer: str = "joint",
+    balancer: object = "joint",
     seed: int = 0,
     every: int = 1,
     overhead: float | None = None,
@@ -52,7 +52,8 @@ def probe(
     Args:
         problem: What is trained.
         epochs: The first so many epochs of `problem.recipe`; its milestones stay where they are.
-        balancer: How the shared gradient is formed; "joint" is the sum of the task gradients.
+        balancer: How the shared gradient is formed, a name such as "cagrad:c=0.4" or an object, see `Balancer`; "joint"
+            is the sum of the task gradients.
         seed: Of initialisation and batches.
         every: Measure one step of so many.
         overhead: Instead: the share of training time that measuring may add, e.g. 0.1. Which steps are measured then
@@ -78,6 +79,7 @@ def probe(
     job = Job(
         problem=problem,
         plan=None,
+        way=way("joint", balancer),
         seed=seed,
         record=every,
         overhead=overhead,
@@ -95,6 +97,7 @@ def probe(
             "problem": problem.name,
             "data": problem.fingerprint(),
             "method": "probe",
+            "balancer": None if balancer in (None, "joint") else label_of(balancer),
             "seed": seed,
             "record": every,
             "overhead": overhead,
@@ -147,9 +150,9 @@ def _prepared(path: Path, config: dict[str, Any], plan: Plan | None, *, resume: 
 def fit(
     problem: Problem,
     *,
-    method: Method = "joint",
+    method: str = "joint",
     plan: Plan | None = None,
-    balancer: str | None = None,
+    balancer: object = None,
     record: int = False,
     seeds: Sequence[int] = (0,),
     norm_stats: NormStats = "per-task",
@@ -164,9 +167,12 @@ def fit(
 
     Args:
         problem: What is trained.
-        method: "joint" trains one network on the sum of the losses; "single" one network per task.
-        plan: Layers to split beforehand.
-        balancer: How the shared gradient is formed; None or "joint" is the sum of the task gradients.
+        method: "joint" trains one network on the sum of the losses; "single" one network per task; a balancer's name,
+            with its parameters, e.g. "cagrad:c=0.4", one network with its updates; "mmoe", "cross-stitch", "bmtas" or
+            "rotograd" the network that is made of the problem's. See `BALANCERS` and `ARCHITECTURES`.
+        plan: Layers to split beforehand; of a tree that "bmtas" finds, splits are added to it.
+        balancer: How the shared gradient is formed: a name, one of TorchJD's objects, or a function from the Gram
+            matrix to weights, see `Balancer`; None or "joint" is the sum of the task gradients.
         record: Record task gradients while training: True every step, m one of m steps.
         seeds: Of initialisation and batches. One seed gives every method the same shared weights and batches.
         norm_stats: What split networks do with running statistics, see `split`.
@@ -191,7 +197,8 @@ def fit(
     _check_arguments(problem, method, plan, balancer, record, seeds, norm_stats)
     machine = machine or Machine()
     told = Loggers(loggers if machine.ranks().rank == 0 else ())
-    asked = _Asked(problem, method, plan, int(record), norm_stats, machine, told)
+    chosen = way(method, balancer)
+    asked = _Asked(chosen.change(problem), method, chosen, plan, int(record), norm_stats, machine, told)
     folder = None if out is None else Path(out)
     return [_fit_seed(asked, seed, folder, resume, overwrite) for seed in seeds]
 
@@ -200,17 +207,13 @@ def _check_arguments(
     problem: Problem,
     method: str,
     plan: Plan | None,
-    balancer: str | None,
+    balancer: object,
     record: int,
     seeds: Sequence[int],
     norm_stats: str,
 ) -> None:
     """Raise one error that lists every argument of `fit` that cannot be."""
-    faults = []
-    if method not in get_args(Method):
-        faults.append(f"Unknown method {method!r}. {nearest(str(method), get_args(Method))}")
-    if balancer is not None and balancer not in BALANCERS:
-        faults.append(f"Unknown balancer {balancer!r}. {nearest(str(balancer), BALANCERS)}")
+    faults = check_method(method, balancer)
     if norm_stats not in NORM_STATS:
         faults.append(f"Unknown norm_stats {norm_stats!r}. {nearest(str(norm_stats), NORM_STATS)}")
     if not isinstance(record, int) or record < 0:
@@ -243,7 +246,8 @@ class _Asked:
     """What `fit` was asked for, but for the seed."""
 
     problem: Problem
-    method: Method
+    method: str
+    way: Way
     plan: Plan | None
     record: int
     norm_stats: NormStats
@@ -258,6 +262,7 @@ class _Asked:
                 "problem": self.problem.name,
                 "data": self.problem.fingerprint(),
                 "method": self.method,
+                "balancer": None if self.way.balancer is None else label_of(self.way.balancer),
                 "seed": seed,
                 "record": self.record,
                 "norm_stats": self.norm_stats,
@@ -279,7 +284,8 @@ def _fit_seed(asked: _Asked, seed: int, out: Path | None, resume: bool, overwrit
                 return open_run(folder, problem)
             except ReconError as error:
                 raise RunError(f"{error} Delete {folder} and repeat with --resume to train this seed again.") from None
-    label = describe(asked.method, plan)
+    label = describe(asked.way.label, plan)
+    plan = _found_plan(asked, seed, folder)
     job = Job(
         problem=problem,
         plan=plan,
@@ -288,6 +294,7 @@ def _fit_seed(asked: _Asked, seed: int, out: Path | None, resume: bool, overwrit
         machine=asked.machine,
         description=f"{label} seed {seed}",
         norm_stats=asked.norm_stats,
+        way=asked.way,
         metrics=None if folder is None else folder / "metrics.jsonl",
         checkpoint=None if folder is None else folder / "last.ckpt",
         loggers=asked.loggers,
@@ -322,6 +329,26 @@ def _fit_seed(asked: _Asked, seed: int, out: Path | None, resume: bool, overwrit
     if folder is not None:
         ranks.first(lambda: _close(run, model))
     return run
+
+
+def _found_plan(asked: _Asked, seed: int, folder: Path | None) -> Plan | None:
+    """The plan, with what a method's search adds to it; a search that is finished is not done again."""
+    if asked.way.architecture is None or asked.way.architecture.find is None:
+        return asked.plan
+    ranks = asked.machine.ranks()
+    tree = None if folder is None else folder / "tree.json"
+    if tree is not None and ranks.first(tree.exists):
+        found = Plan.load(tree)
+    else:
+        searched = asked.way.find(asked.problem, asked.plan, seed, asked.machine)
+        found = searched or Plan(tasks=asked.problem.task_names, layers=[])
+        if tree is not None:
+            ranks.first(lambda: found.save(tree))
+    if not found.layers:
+        return None
+    if folder is not None:
+        ranks.first(lambda: found.save(folder / "plan.json"))
+    return found
 
 
 def _singles(job: Job) -> Trained:
@@ -383,7 +410,7 @@ def open_run(path: str | Path, problem: Problem) -> Run:
         if run.method == "single":
             model: nn.Module = SingleTasks({n: for_one(problem, n).model() for n in problem.task_names})
         else:
-            model = problem.model()
+            model = way(run.method).change(problem).model()
             if run.plan is not None:
                 model = split(model, run.plan, norm_stats=run.config["norm_stats"], sample=problem.sample())
         source = run.path / "last.ckpt"

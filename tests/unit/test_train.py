@@ -306,7 +306,7 @@ def test_wrong_arguments_are_named_before_training(
 
 def test_all_wrong_arguments_are_named_at_once() -> None:
     with pytest.raises(ProblemError) as error:
-        rm.fit(_problem(), method="jiont", balancer="cagrat", seeds=())  # type: ignore[arg-type]
+        rm.fit(_problem(), method="jiont", balancer="cagrat", seeds=())
     for piece in ("'jiont'", "'cagrat'", "seeds = []"):
         assert piece in str(error.value)
 
