@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import ast
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -255,7 +256,8 @@ class Balancer:
         if not bool(gram.isfinite().all()):
             return torch.ones(len(gram), dtype=torch.float64)
         values = torch.ones(len(gram), dtype=torch.float64) if losses is None else losses.detach().cpu().double()
-        found = self.rule.weights((gram + gram.T) / 2, values)
+        with self._explained(len(gram)):
+            found = self.rule.weights((gram + gram.T) / 2, values)
         if not isinstance(found, Tensor) or found.shape != (len(gram),):
             got = list(found.shape) if isinstance(found, Tensor) else type(found).__name__
             raise ProbeError(f"The balancer {self.label} should return {len(gram)} weights, it returned {got}.")
@@ -293,7 +295,8 @@ class Balancer:
         if rule.takes == "losses":
             self._check_tasks(tuple(values))
             seen = torch.tensor(list(values.values()), dtype=torch.float64)
-            weights = gradients.same_everywhere(rule.weights(torch.zeros(0, 0), seen).detach())
+            with self._explained(len(seen)):
+                weights = gradients.same_everywhere(rule.weights(torch.zeros(0, 0), seen).detach())
             of = dict(zip(values, weights.tolist(), strict=True))
             if not measure:
                 gradients.backward({t: v * of[t] for t, v in losses.items()})
@@ -311,6 +314,15 @@ class Balancer:
 
         found = gradients.sweep(losses, weigh=weigh)
         return _with_heads(found, used) if rule.weighs_losses else found
+
+    @contextmanager
+    def _explained(self, count: int) -> Iterator[None]:
+        """Turn what a rule says about its arguments into an error that says which balancer it was."""
+        try:
+            yield
+        except ValueError as error:
+            told = str(error).replace("Parameter `matrix`", "the Jacobian")
+            raise ProbeError(f"The balancer {self.label} cannot balance {count} tasks: {told}") from error
 
     @property
     def _sees_losses(self) -> bool:
@@ -353,7 +365,8 @@ class Balancer:
             taken = rows if len(sharing) == len(rows) else rows[sharing]
             taken = taken / scale if isinstance(scale, Tensor) else taken
             if bool(taken.isfinite().all()):  # else the sum shows the scaler, or the user, that something overflowed
-                total = self.rule.update(taken, seen) * scale
+                with self._explained(len(taken)):
+                    total = self.rule.update(taken, seen) * scale
         if total.shape != found.total.shape:
             raise ProbeError(
                 f"The balancer {self.label} should return {len(found.total)} numbers, it returned {list(total.shape)}."

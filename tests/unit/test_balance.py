@@ -385,6 +385,8 @@ def test_what_is_no_balancer_is_refused() -> None:
         balanced(lambda gram: gram[0, :2], model)
     with pytest.raises(ProbeError, match="not finite"):
         balanced(lambda gram: gram[0] * math.nan, model)
+    with pytest.raises(ProbeError, match="Krum cannot balance 2 tasks"):
+        Probe(model, balancer="krum").backward(losses(model, tasks=("a", "b")))
     with pytest.raises(ProbeError, match="whole step"):
         Probe(model, balancer="mgda").backward(losses(model), last=False)
     with pytest.raises(ProbeError, match="exact"):
