@@ -1,6 +1,7 @@
 """The first call is rehearsed on a copy: what passes between tasks is found, and nothing of the model is used up."""
 
 import copy
+import threading
 from collections import deque
 from collections.abc import Callable
 from functools import partial
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from reconmtl.errors import SplitError
 from reconmtl.plan import Plan
 from reconmtl.splitting import split, verify
+from reconmtl.splitting.branched import Branched
 from zoo import TASKS, Headed
 
 X = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
@@ -190,3 +192,229 @@ def test_a_parameter_in_a_partial_function_is_refused() -> None:
 
     with pytest.raises(SplitError, match=r"trunk\.linear\.weight is also held in the attribute trunk\.f"):
         split(Headed(Bound(), 6, TASKS), Plan(tasks=TASKS, layers=["trunk.linear"]))
+
+
+class Hooking(nn.Module):
+    """Right in its output, wrong in its gradient, where it notices that it is split."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if type(x) is Branched and x.requires_grad:
+            x.register_hook(lambda g: 2 * g)  # type: ignore[no-untyped-call]
+        return cast(Tensor, self.linear(x))
+
+
+def test_gradients_are_compared_in_the_first_call_that_has_any() -> None:
+    torch.manual_seed(0)
+    model = split(Headed(nn.Sequential(nn.Linear(6, 6), Hooking()), 6, TASKS), Plan(tasks=TASKS, layers=["trunk.0"]))
+    with torch.no_grad():
+        model(X)
+    with pytest.raises(SplitError, match=r"another mode, task 'a': gradient of trunk\.0\.per_task\.a\.weight differs"):
+        model(X)
+
+
+class Drop(nn.Module):
+    """Dropout as functions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = nn.functional.dropout(self.linear(x), 0.5, self.training)[None]
+        rate = 0.3 if self.training else 0.0
+        return nn.functional.scaled_dot_product_attention(x, x, x, dropout_p=rate)[0]
+
+
+class Path(nn.Module):
+    """Random numbers that nothing turns off."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return cast(Tensor, self.linear(x)) * (torch.rand(x.shape[0], 1) > 0.3 if self.training else 1)
+
+
+@pytest.mark.parametrize(("kind", "random"), [(Drop, ()), (Path, ("train",))])
+def test_dropout_that_is_called_as_a_function_is_off_in_rehearsals(
+    kind: Callable[[], nn.Module], random: tuple[str, ...]
+) -> None:
+    model = split(Headed(nn.Sequential(nn.Linear(6, 6), kind()), 6, TASKS), Plan(tasks=TASKS, layers=["trunk.0"]))
+    assert verify(model, X).random == random
+    torch.manual_seed(0)
+    first = model(X)["a"]
+    assert not torch.equal(first, model(X)["a"])
+
+
+class Shaky(nn.Module):
+    """Rounds otherwise in every call, as kernels with atomic additions do."""
+
+    def __init__(self, amplified: bool) -> None:
+        super().__init__()
+        self.linear, self.amplified = nn.Linear(6, 6), amplified
+
+    def forward(self, x: Tensor) -> Tensor:
+        CALLS.append(0)
+        y = cast(Tensor, self.linear(x)) * (1 + len(CALLS) % 7 * 3e-7)
+        return y + torch.sin(y * 3e4) * 0.1 if self.amplified else y
+
+
+CALLS: list[int] = []
+
+
+def test_rounding_is_not_taken_for_another_value() -> None:
+    plan = Plan(tasks=TASKS, layers=["trunk.0"])
+    torch.manual_seed(0)
+    found = verify(split(Headed(nn.Sequential(nn.Linear(6, 6), Shaky(False)), 6, TASKS), plan), X)
+    assert 0 < found.output < 1e-5
+    with pytest.raises(SplitError, match=r"also differs from itself when called again.*rehearse=False"):
+        split(Headed(nn.Sequential(nn.Linear(6, 6), Shaky(True)), 6, TASKS), plan)(X)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_ill_conditioned_networks_are_not_refused(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    blocks = [nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6), nn.ReLU()) for _ in range(20)]
+    net = Headed(nn.Sequential(nn.Linear(6, 6), *blocks), 6, TASKS).to(dtype)
+    with torch.no_grad():
+        net.trunk[3][0].weight.mul_(1e-3)  # type: ignore[index]
+    x = X[:2].to(dtype) * 100
+    assert verify(split(net, Plan(tasks=TASKS, layers=["trunk.0", "trunk.7.1"])), x).modes == ("train", "eval")
+
+
+class Shares(nn.Module):
+    """Stands no other values of its parameter than its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shares = nn.Parameter(torch.ones(6) / 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if abs(float(self.shares.detach().sum()) - 1) > 1e-3:
+            raise ValueError("no shares")
+        return x * self.shares
+
+
+def test_a_forward_that_does_not_stand_moved_copies_is_rehearsed_with_equal_ones() -> None:
+    net = Headed(nn.Sequential(nn.Linear(6, 6), Shares()), 6, TASKS)
+    model, plain = split(net, Plan(tasks=TASKS, layers=["trunk.1"])), net(X)
+    assert all(torch.equal(v, plain[t]) for t, v in model(X).items())
+
+
+class Noting(nn.Module):
+    """Has a side effect outside of the model."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        CALLS.append(0)
+        return x
+
+
+@pytest.mark.parametrize("sample", [None, X])
+def test_without_rehearsal_the_user_code_runs_once_more_in_all(sample: Tensor | None) -> None:
+    net = Headed(nn.Sequential(nn.Linear(6, 6), Noting()), 6, TASKS)
+    CALLS.clear()
+    model = split(net, Plan(tasks=TASKS, layers=["trunk.0"]), sample=sample, rehearse=False)
+    model(X)
+    model.eval()(X)
+    assert len(CALLS) == 1 + 2 * len(TASKS)
+
+
+def test_hooks_of_parameters_are_not_called_by_rehearsals() -> None:
+    net = Headed(nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6)), 6, TASKS)
+    model = split(net, Plan(tasks=TASKS, layers=["trunk.0"]))
+    CALLS.clear()
+    for p in model.parameters():
+        p.register_hook(lambda _: CALLS.append(0))
+    model(X)
+    verify(model, X)
+    assert not CALLS
+
+
+def test_learning_keeps_no_values_for_a_backward_and_lets_a_forward_differentiate() -> None:
+    class Slope(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.enable_grad():
+                x = x if x.requires_grad else x.detach().requires_grad_()
+                return x + torch.autograd.grad(torch.tanh(x).sum(), x, create_graph=True)[0]
+
+    trunk = nn.Sequential(nn.Linear(6, 6), Slope(), nn.Linear(6, 6))
+    assert verify(split(Headed(trunk, 6, TASKS), Plan(tasks=TASKS, layers=["trunk.0"])), X).random == ()
+
+
+def test_what_cannot_be_copied_is_named() -> None:
+    net = Headed(nn.Sequential(nn.Linear(6, 6), nn.ReLU()), 6, TASKS)
+    net.trunk[1].lock = threading.Lock()  # type: ignore[index]
+    with pytest.raises(SplitError, match=r"trunk\.1\.lock \(lock\) cannot be copied .* __deepcopy__"):
+        split(net, Plan(tasks=TASKS, layers=["trunk.0"]))
+
+
+def test_a_call_on_the_meta_device_counts_for_nothing() -> None:
+    plan = Plan(tasks=TASKS, layers=["trunk.0"])
+    torch.manual_seed(0)
+    net = Headed(nn.Sequential(nn.Linear(6, 6), Hooking()), 6, TASKS)
+    model = split(net, plan).to("meta")
+    model(X.to("meta"))
+    assert verify(model, X.to("meta")).modes == ()
+    model.to_empty(device="cpu").load_state_dict(split(net, plan).state_dict())
+    with pytest.raises(SplitError, match=r"gradient of trunk\.0\.per_task\.a\.weight differs"):
+        model(X)
+
+
+class Around(nn.Module):
+    """Reads its layer's weight by another way than the layer."""
+
+    def __init__(self, read: Callable[[nn.Linear], Tensor]) -> None:
+        super().__init__()
+        self.linear, self.read = nn.Linear(6, 6), read
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.read(self.linear)) + cast(Tensor, self.linear(x))
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda m: m.state_dict()["weight"],
+        lambda m: dict(m.named_parameters())["weight"],
+        lambda m: m._parameters["weight"],
+        lambda m: m.get_parameter("weight"),
+    ],
+)
+def test_copies_are_not_found_where_the_weight_was_and_this_is_said(read: Callable[[nn.Linear], Tensor]) -> None:
+    net = Headed(nn.Sequential(nn.Linear(6, 6), Around(read)), 6, TASKS)
+    plan = Plan(tasks=TASKS, layers=["trunk.1.linear"])
+    for sample in (None, X):
+        with pytest.raises(SplitError, match=r"fails once the model is split .*trunk\.1.* read from the layer"):
+            split(net, plan, sample=sample)(X)
+    verify(split(net, plan, atomic=["trunk.1"]), X)
+
+
+class Storing(nn.Module):
+    """Replaces its buffer where modules keep them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(6, 6)
+        self.register_buffer("mean", torch.zeros(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self._buffers["mean"] = 0.9 * cast(Tensor, self.mean) + x.detach().mean(0)
+        return cast(Tensor, self.linear(x) + self.mean)
+
+
+def test_buffers_are_not_replaced_behind_the_back_of_their_module() -> None:
+    net = Headed(nn.Sequential(nn.Linear(6, 6), Storing()), 6, TASKS)
+    with pytest.raises(SplitError, match=r"trunk\.1 writes .* into its `_buffers`. .*self\.mean = "):
+        split(net, Plan(tasks=TASKS, layers=["trunk.0"]))(X)
+
+
+def test_an_empty_batch_shows_nothing() -> None:
+    model = split(Headed(nn.Sequential(nn.Linear(6, 6), Hooking()), 6, TASKS), Plan(tasks=TASKS, layers=["trunk.0"]))
+    assert model(X[:0])["a"].shape == (0, 2)
+    with pytest.raises(SplitError, match="gradient of"):
+        model(X)

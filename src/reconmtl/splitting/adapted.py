@@ -12,19 +12,19 @@ from reconmtl.errors import SplitError
 from reconmtl.layers import TaskCopies
 from reconmtl.splitting.branched import WAYS_OUT, Branched, collect
 from reconmtl.splitting.calls import FAST_PATHS, call, prepare, run_faces, whole
-from reconmtl.splitting.compiling import REACHED, UNCOMPILED, check_graph_may_break, is_compiler_error
+from reconmtl.splitting.compiling import REACHED, UNCOMPILED, check_graph_may_break, is_compiler_error, untraced
 from reconmtl.splitting.conversions import CONVERT, check_asker, check_not_traced, refused_methods
 from reconmtl.splitting.faces import Face
 from reconmtl.splitting.groups import Family, Masks, MissingTaskError, complete, refine
 from reconmtl.splitting.mapping import SharedWriteError
 from reconmtl.splitting.outputs import assemble, deliver
 from reconmtl.splitting.ownership import module_masks, recorded
+from reconmtl.splitting.refusals import located
 from reconmtl.splitting.rehearsal import rehearse
 from reconmtl.splitting.stale import revive
 from reconmtl.splitting.storage import (
     COPIES,
     RECORD,
-    GroupTensors,
     Record,
     adapted_class,
     copies,
@@ -353,12 +353,17 @@ def call_root(module: nn.Module, rec: Record, plain: Value, args: tuple[Value, .
                 revive(t)
 
     try:
-        known = module.training in root.rehearsed or (root.learned and torch.compiler.is_exporting())
+        known = root.learned and (
+            not root.rehearse
+            or (module.training, torch.is_grad_enabled()) in root.rehearsed
+            or torch.compiler.is_exporting()
+        )
         if root.settled and known:
             return run()
         with _ONE_AT_A_TIME:
             if not known:
-                prepare_call(module, args, kwargs)
+                with untraced():
+                    prepare_call(module, args, kwargs)
             out = run()
             root.settled = is_settled(module, root.mode == "loop")
             return out
@@ -399,18 +404,22 @@ def prepare_call(module: nn.Module, args: tuple[Value, ...], kwargs: dict[str, V
     learned = root.learned
     tasks = tuple(dict.fromkeys((rec.family.tasks[0], rec.family.tasks[-1])))  # what leaks reaches one, or leaves one
     where = f"first call{' in another mode' if learned else ''}"
+    mode = (module.training, torch.is_grad_enabled())
     try:
         if not learned:
             learn(module, args, kwargs)
+        if not root.rehearse:
+            return
         try:
-            rehearse(module, rec, args, kwargs, tasks=tasks, where=where)
+            found = rehearse(module, rec, args, kwargs, tasks=tasks, where=where, gradients=mode[1])
         except MissingTaskError:  # a value passes from task to task outside the graph: prune nothing
             forget(module)
-            rehearse(module, rec, args, kwargs, tasks=tasks, where=where)
+            found = rehearse(module, rec, args, kwargs, tasks=tasks, where=where, gradients=mode[1])
     except BaseException:
         root.learned = learned
         raise
-    root.rehearsed.add(module.training)
+    if not found.empty:
+        root.rehearsed.add(mode)
 
 
 def adopt(module: nn.Module, trial: nn.Module) -> None:
@@ -431,19 +440,6 @@ def adopt(module: nn.Module, trial: nn.Module) -> None:
 
 def _own_buffers(module: nn.Module, rec: Record) -> list[Tensor | None]:
     return list(own_tensors(module, rec, rec.family.full & -rec.family.full)[1].values())
-
-
-def located(module: nn.Module, error: BaseException) -> str:
-    """The message of an error, with the name of the innermost module of the model in whose forward it came up."""
-    names = {id(m): n for n, m in module.named_modules() if n and not isinstance(m, (TaskCopies, GroupTensors))}
-    trace, inner = error.__traceback__, ""
-    while trace is not None:
-        owner = trace.tb_frame.f_locals.get("self")
-        if id(owner) in names and isinstance(owner, nn.Module):
-            inner = f"{names[id(owner)]} ({type(owner).__name__}): "
-        trace = trace.tb_next
-    text = str(error)
-    return text if not inner or text.startswith(inner) else inner + text
 
 
 def learn(module: nn.Module, args: tuple[Value, ...], kwargs: dict[str, Value]) -> None:

@@ -1,5 +1,10 @@
 """A split model under torch.compile: it runs as it is, and says so where that is not allowed."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
 from reconmtl.errors import SplitError
 
 UNCOMPILED = (
@@ -17,6 +22,17 @@ REACHED = (
 def is_compiler_error(error: BaseException) -> bool:
     """Whether an error comes from torch.compile's tracing of a part of a split model."""
     return any(k.__name__ == "TorchDynamoException" for k in type(error).__mro__)
+
+
+@contextmanager
+def untraced() -> Iterator[None]:
+    """Hide from torch.jit.trace what is computed inside; it would become part of its graph."""
+    state = torch._C._get_tracing_state()
+    torch._C._set_tracing_state(None)  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        torch._C._set_tracing_state(state)  # type: ignore[attr-defined]
 
 
 def check_graph_may_break() -> None:

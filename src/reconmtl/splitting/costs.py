@@ -200,6 +200,9 @@ def _work(model: nn.Module, plan: Plan | None, sample: object, tasks: list[str] 
     try:
         with torch.enable_grad():
             shadow(*args, **kwargs)  # a split model learns from its first call
+            rec = record(shadow)
+            if rec is not None and rec.root is not None:
+                rec.root.rehearse = False
             mode = _Steps()
             with mode as steps, torch.autograd.graph.saved_tensors_hooks(keep, lambda held: held.tensor):
                 out = shadow(*args, **kwargs)

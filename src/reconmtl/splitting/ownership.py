@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 
 from reconmtl.errors import SplitError
 from reconmtl.layers import ROOT
@@ -15,7 +16,7 @@ from reconmtl.splitting.groups import Family
 from reconmtl.splitting.objects import find
 from reconmtl.splitting.outputs import get_task, is_keyed, task_keys
 from reconmtl.splitting.refusals import is_sharded
-from reconmtl.splitting.storage import plain_tensors, to_plain
+from reconmtl.splitting.storage import MANAGED, plain_tensors, to_plain
 from reconmtl.splitting.structure import Value, tensors
 
 
@@ -31,9 +32,37 @@ def plain_copy(model: nn.Module, mask: int, *, share_buffers: bool) -> nn.Module
     if share_buffers:
         memo.update({id(t): t for _, _, t in plain_tensors(model)})
         memo.update({id(b): b for b in model.buffers()})
-    twin = copy.deepcopy(model, memo)
+    twin = copied(model, memo)
     to_plain(twin, mask)
     return twin
+
+
+def copied(model: nn.Module, memo: dict[int, Value]) -> nn.Module:
+    """A deepcopy of a model.
+
+    Raises:
+        SplitError: If something that it holds cannot be copied; the message names it.
+    """
+    try:
+        return copy.deepcopy(model, memo)
+    except Exception as error:
+        for name, module in model.named_modules():
+            for key, value in module.__dict__.items():
+                if key not in MANAGED and not _copies(value, memo):
+                    raise SplitError(
+                        f"{name or ROOT}.{key} ({type(value).__name__}) cannot be copied ({str(error)[:200]}), so that "
+                        "neither can the model, which splitting it, a view, `verify` and the first call need. Keep it "
+                        "outside of the model, or give its class a __deepcopy__ (which may return itself)."
+                    ) from error
+        raise
+
+
+def _copies(value: Value, memo: dict[int, Value]) -> bool:
+    try:
+        copy.deepcopy(value, dict(memo))
+    except Exception:
+        return False
+    return True
 
 
 def kept(model: nn.Module) -> dict[int, Value]:
@@ -96,21 +125,33 @@ def recorded(model: nn.Module, family: Family, args: Sequence[Value], kwargs: di
         Which tasks each parameter reaches, first groups' copies standing for all.
     """
     with untouched_randomness(), torch.inference_mode(False), torch.enable_grad():
-        twin = plain_copy(model, 1, share_buffers=False)
-        frozen = [p for p in twin.parameters() if not p.requires_grad and (p.is_floating_point() or p.is_complex())]
-        args, kwargs = own_inputs(args, kwargs)
         try:
-            for p in frozen:
-                p.requires_grad_(True)
-            called = _note_calls(twin)
-            out = twin(*args, **kwargs)
-            params, masks = reached(_by_task(out, family), twin)
-            returned = {name: _union(masks.get(node, 0) for node in nodes) for name, nodes in called.items()}
-            called.clear()  # a checkpoint in the graph holds modules, their hooks this: a circle that nobody collects
-            return Recorded(params, returned)
-        finally:
-            for p in frozen:
-                p.requires_grad_(False)
+            with saved_tensors_hooks(lambda _: None, _gone):  # the graph is read, not run: it need not keep values
+                return _recorded(model, family, args, kwargs)
+        except Exception:  # a forward that differentiates by itself needs them
+            return _recorded(model, family, args, kwargs)
+
+
+def _gone(_: object) -> Tensor:
+    raise RuntimeError("values were not kept")
+
+
+def _recorded(model: nn.Module, family: Family, args: Sequence[Value], kwargs: dict[str, Value]) -> Recorded:
+    twin = plain_copy(model, 1, share_buffers=False)
+    frozen = [p for p in twin.parameters() if not p.requires_grad and (p.is_floating_point() or p.is_complex())]
+    args, kwargs = own_inputs(args, kwargs)
+    try:
+        for p in frozen:
+            p.requires_grad_(True)
+        called = _note_calls(twin)
+        out = twin(*args, **kwargs)
+        params, masks = reached(_by_task(out, family), twin)
+        returned = {name: _union(masks.get(node, 0) for node in nodes) for name, nodes in called.items()}
+        called.clear()  # a checkpoint in the graph holds modules, their hooks this: a circle that nobody collects
+        return Recorded(params, returned)
+    finally:
+        for p in frozen:
+            p.requires_grad_(False)
 
 
 def _note_calls(twin: nn.Module) -> dict[str, list[object]]:

@@ -4,9 +4,9 @@ import torch
 from torch import nn
 
 from reconmtl.errors import SplitError
-from reconmtl.layers import ROOT
+from reconmtl.layers import ROOT, TaskCopies
 from reconmtl.plan import Partition, Plan
-from reconmtl.splitting.storage import COPIES, RECORD, plain_tensors
+from reconmtl.splitting.storage import COPIES, RECORD, GroupTensors, plain_tensors
 
 _WRAPPERS = {
     "DistributedDataParallel": "split first, then wrap: DistributedDataParallel(rm.split(model, plan))",
@@ -114,3 +114,16 @@ def _held(model: nn.Module, planned: dict[str, nn.Module]) -> list[str]:
                 "pointing at one task's copy; read the parameter from its module in forward instead"
             )
     return out
+
+
+def located(module: nn.Module, error: BaseException) -> str:
+    """The message of an error, with the name of the innermost module of the model in whose forward it came up."""
+    names = {id(m): n for n, m in module.named_modules() if n and not isinstance(m, (TaskCopies, GroupTensors))}
+    trace, inner = error.__traceback__, ""
+    while trace is not None:
+        owner = trace.tb_frame.f_locals.get("self")
+        if id(owner) in names and isinstance(owner, nn.Module):
+            inner = f"{names[id(owner)]} ({type(owner).__name__}): "
+        trace = trace.tb_next
+    text = str(error)
+    return text if not inner or text.startswith(inner) else inner + text

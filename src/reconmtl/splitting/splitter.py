@@ -1,6 +1,5 @@
 """`split`: give chosen layers one copy per task, in any model, without rewriting it."""
 
-import copy
 from collections.abc import Iterable
 from typing import cast
 
@@ -15,10 +14,11 @@ from reconmtl.splitting.adapted import adapt
 from reconmtl.splitting.calls import FAST_PATHS
 from reconmtl.splitting.groups import Family, refine
 from reconmtl.splitting.initialisation import fresh
+from reconmtl.splitting.ownership import copied
 from reconmtl.splitting.refusals import check_layers, check_model
 from reconmtl.splitting.storage import Root, plain_tensors, record, split_parameters
 from reconmtl.splitting.structure import Value
-from reconmtl.splitting.verifying import verify
+from reconmtl.splitting.verifying import teach, verify
 
 INITS = ("copy", "fresh")
 NORM_STATS = ("per-task", "shared")
@@ -34,6 +34,7 @@ def split(
     sample: object = None,
     atomic: Iterable[str] = (),
     mode: str = "branch",
+    rehearse: bool = True,
 ) -> nn.Module:
     """Give the planned layers one copy per task (or per group of tasks), without rewriting the model.
 
@@ -51,6 +52,9 @@ def split(
         atomic: Names (or globs) of modules to run whole, once per branch, on plain tensors: for custom autograd
             Functions, control flow on values, buffers of their own.
         mode: "branch", or "loop": one run of the whole network per task. Always works, and costs as many networks.
+        rehearse: Compare with ordinary networks, here if there is a sample, else in the first call of each mode. False:
+            compare nothing; for a forward whose side effects outside of the model must not be repeated, or that is
+            known to be right.
 
     Returns:
         A model of the same class, called in the same way. Its forward returns {task: output}; for a model without
@@ -78,11 +82,11 @@ def split(
     family = Family(plan.tasks)
     with untouched_randomness():
         new = _copy(model)
-        _build(new, family, resolved, whole, norm_stats, Root(_plan_state(plan, resolved), norm_stats, mode))
+        _build(new, family, resolved, whole, norm_stats, Root(_plan_state(plan, resolved), norm_stats, mode, rehearse))
         if init == "fresh":
             fresh(new, model, list(resolved))
     if sample is not None:
-        verify(new, sample)
+        (verify if rehearse else teach)(new, sample)
     return new
 
 
@@ -136,7 +140,7 @@ def _copy(model: nn.Module) -> nn.Module:
     for _, _, t in plain_tensors(model):
         if not t.is_leaf:
             memo[id(t)] = t.detach().clone()
-    new = copy.deepcopy(model, memo)
+    new = copied(model, memo)
     for p in new.parameters():
         p.grad = None
     return new

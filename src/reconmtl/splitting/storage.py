@@ -63,8 +63,9 @@ class Root:
     plan: dict[str, object]
     norm_stats: str
     mode: str
+    rehearse: bool = True  # whether first calls are compared with ordinary networks
     learned: bool = False
-    rehearsed: set[bool] = field(default_factory=set)  # modes (training or not) in which a call was rehearsed
+    rehearsed: set[tuple[bool, bool]] = field(default_factory=set)  # (training, with gradients) of calls that were
     settled: bool = False  # no call moves tensors about any more, so that several threads may call
 
 

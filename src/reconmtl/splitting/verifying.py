@@ -12,14 +12,19 @@ from reconmtl.splitting.rehearsal import apart, rehearse
 from reconmtl.splitting.storage import Record, record
 from reconmtl.splitting.structure import Value
 
+TOGETHER = 4
+"""How many tasks are compared at once: the gradients of as many ordinary networks are kept."""
+
 
 @dataclass(frozen=True)
 class Verified:
     """What `verify` found.
 
     Attributes:
-        modes: The modes in which outputs and gradients were compared, of "train" and "eval".
-        random: The modes in which the forward draws random numbers even without dropout, so that nothing was compared.
+        modes: The modes in which outputs and gradients were compared, of "train" and "eval"; none on the meta device or
+            with an empty batch.
+        random: The modes in which the forward draws random numbers even without dropout, or is so sensitive to rounding
+            that an ordinary network differs as much from itself, so that nothing can be told.
         output: Largest difference of an output, relative to the largest value of that output.
         gradient: Largest difference of a parameter's gradient, relative to the task's largest gradient.
     """
@@ -48,7 +53,7 @@ def verify(split_model: nn.Module, sample: object) -> Verified:
         sample: A tensor [B, ...], a tuple of positional or a dict of keyword arguments.
 
     Returns:
-        The largest differences found, all within tolerance.
+        The largest differences found, all of them rounding.
 
     Raises:
         SplitError: If anything differs; the message names the task and the output, parameter or buffer.
@@ -61,9 +66,7 @@ def verify(split_model: nn.Module, sample: object) -> Verified:
     try:
         with torch.inference_mode(False), torch.enable_grad():
             if not learned:
-                pupil = apart(split_model, training=True)
-                learn(pupil, args, kwargs)
-                adopt(split_model, pupil)
+                teach(split_model, sample)
             try:
                 found = _both_modes(split_model, rec, args, kwargs)
             except MissingTaskError:  # found in one mode what does not hold in the other: prune nothing from now on
@@ -72,8 +75,17 @@ def verify(split_model: nn.Module, sample: object) -> Verified:
     except BaseException:
         rec.root.learned = learned
         raise
-    rec.root.rehearsed |= {True, False}
+    if found.modes or found.random:
+        rec.root.rehearsed |= {(training, grad) for training in (True, False) for grad in (True, False)}
     return found
+
+
+def teach(split_model: nn.Module, sample: object) -> None:
+    """Let a split model learn from a sample what it would learn from its first call, comparing nothing."""
+    args, kwargs = call_arguments(sample)
+    pupil = apart(split_model, training=True)
+    learn(pupil, args, kwargs)
+    adopt(split_model, pupil)
 
 
 def _both_modes(model: nn.Module, rec: Record, args: tuple[Value, ...], kwargs: dict[str, Value]) -> Verified:
@@ -82,9 +94,15 @@ def _both_modes(model: nn.Module, rec: Record, args: tuple[Value, ...], kwargs: 
     random: list[str] = []
     output = gradient = 0.0
     for mode in ("train", "eval"):
-        training, where = mode == "train", f"{mode} mode"
-        found = rehearse(model, rec, args, kwargs, tasks=tasks, where=where, training=training, gradients=True)
-        adopt(model, found.model)
-        (random if found.random else done).append(mode)
-        output, gradient = max(output, found.output), max(gradient, found.gradient)
+        found = []
+        for i in range(0, len(tasks), TOGETHER):
+            some, where, training = tasks[i : i + TOGETHER], f"{mode} mode", mode == "train"
+            one = rehearse(model, rec, args, kwargs, tasks=some, where=where, training=training, gradients=True)
+            adopt(model, one.model)
+            found.append(one)
+        if any(f.random for f in found):
+            random.append(mode)
+        elif not any(f.empty for f in found):
+            done.append(mode)
+        output, gradient = max(output, *(f.output for f in found)), max(gradient, *(f.gradient for f in found))
     return Verified(tuple(done), tuple(random), output, gradient)
