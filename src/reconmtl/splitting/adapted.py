@@ -468,7 +468,8 @@ def learn(module: nn.Module, args: tuple[Value, ...], kwargs: dict[str, Value]) 
         if not mine:
             faults.append(
                 f"{r.name}: none of its parameters reaches an output of this call (or only through re-entrant "
-                "checkpointing or torch.no_grad(), which hide it), so that copies would learn nothing. Leave it out."
+                "checkpointing or torch.no_grad(), which hide it), so that copies would learn nothing. Leave it out. "
+                "Under FullyShardedDataParallel, give `split(..., sample=batch)` before it is wrapped."
             )
         elif mine & (mine - 1) == 0 and len(family.tasks) > 1:
             faults.append(
