@@ -54,6 +54,7 @@ class Decided:
     k: int | None
     record: int
     norm_stats: Literal["per-task", "shared"]
+    init: Literal["copy", "fresh"]
     precision: str
     processes: int
     sync_batchnorm: bool
@@ -221,6 +222,7 @@ def _fill(
         k=_first(settings.k, preset.k if preset else None),
         record=_first(settings.record, preset.record if preset else 1),
         norm_stats=settings.norm_stats,
+        init=_first(settings.init, preset.init if preset else "copy"),
         precision=settings.precision,
         processes=started(),
         sync_batchnorm=settings.sync_batchnorm,

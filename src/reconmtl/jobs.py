@@ -87,6 +87,7 @@ def do(job: Job) -> None:
         record=0 if base == "single" else decided.record,
         seeds=(job.seed,),
         norm_stats=decided.norm_stats,
+        init=decided.init,
         out=job.out,
         resume=True,
         machine=machine,
@@ -146,7 +147,7 @@ def _rehearse(decided: Decided, problem: Problem, plan: Plan | None) -> None:
         if plan is not None:
             if set(plan.tasks) != set(decided.tasks):
                 raise ProblemError(f"The plan is for tasks {list(plan.tasks)}, the problem has {list(decided.tasks)}.")
-            split(model, plan, norm_stats=decided.norm_stats, sample=problem.sample())
+            split(model, plan, init=decided.init, norm_stats=decided.norm_stats, sample=problem.sample())
     if not layout.layers:
         raise ProblemError("No layer is reached by the losses of two tasks: there is nothing shared to split.")
     if decided.k is not None:

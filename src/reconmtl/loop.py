@@ -36,6 +36,7 @@ from reconmtl.sampling import Indices, Sampler
 from reconmtl.splitting import check_optimizer, split
 
 NormStats = Literal["per-task", "shared"]
+Init = Literal["copy", "fresh"]
 NEVER = 2**62
 """A step that no training reaches."""
 EVALUATIONS = 10
@@ -78,6 +79,7 @@ class Job:
         stop: Train only so many epochs of the recipe's schedule; None trains all.
         norm_stats: What split networks do with running statistics.
         way: The method's balancer, and what it makes of the network.
+        init: How the copies of split layers start, see `split`.
         metrics: File that gets a line per epoch.
         begin: Where this training's lines begin in that file, in bytes.
         checkpoint: File from which it goes on and to which it saves; None keeps nothing.
@@ -94,6 +96,7 @@ class Job:
     stop: int | None = None
     norm_stats: NormStats = "per-task"
     way: Way | None = None
+    init: Init = "copy"
     metrics: Path | None = None
     begin: int = 0
     checkpoint: Path | None = None
@@ -142,7 +145,7 @@ class _Training:
                 )
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
         if job.plan is not None:
-            model = split(model, job.plan, norm_stats=job.norm_stats, sample=problem.sample())
+            model = split(model, job.plan, init=job.init, norm_stats=job.norm_stats, sample=problem.sample())
         self.model = self.fabric.to_device(model)
         self.forward = Forward(problem, self.model)
         torch.manual_seed(job.seed)  # drawing the weights of one network more or less must not move dropout

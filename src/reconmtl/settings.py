@@ -111,6 +111,8 @@ class RecordingOptions:
     """Record one of so many steps of the joint and split trainings, for the shares of conflicts; 0 records none."""
     norm_stats: Literal["per-task", "shared"] = "per-task"
     """Running statistics of shared BatchNorms after a split; shared is what the published code does."""
+    init: Annotated[Literal["copy", "fresh"] | None, tyro.conf.arg(help_behavior_hint=_hint)] = None
+    """How copies start: as the layer itself, or drawn anew; by default the preset's, else copy."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -461,6 +463,7 @@ class Preset:
         k: The paper's K.
         seeds: Seeds of every method.
         record: One of so many steps is recorded; 0 records none.
+        init: How the copies of split layers start.
         note: Printed under the table when none of these values was changed.
     """
 
@@ -474,4 +477,5 @@ class Preset:
     k: int
     seeds: tuple[int, ...]
     record: int = 1
+    init: Literal["copy", "fresh"] = "copy"
     note: str = ""

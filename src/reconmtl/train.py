@@ -20,7 +20,7 @@ from reconmtl.evaluation import Machine
 from reconmtl.files import read_json, write_json
 from reconmtl.interruptions import asked_politely
 from reconmtl.loggers import Logger, Loggers
-from reconmtl.loop import Job, NormStats, Trained, train
+from reconmtl.loop import Init, Job, NormStats, Trained, train
 from reconmtl.plan import Plan
 from reconmtl.problem import Problem
 from reconmtl.runs import Run, describe, environment, new_folder
@@ -28,6 +28,7 @@ from reconmtl.single import SingleTasks, for_one
 from reconmtl.splitting import split
 
 NORM_STATS = get_args(NormStats)
+INITS = get_args(Init)
 
 
 def _overridden(problem: Problem, overrides: Mapping[str, Any]) -> Problem:
@@ -156,6 +157,7 @@ def fit(
     record: int = False,
     seeds: Sequence[int] = (0,),
     norm_stats: NormStats = "per-task",
+    init: Init = "copy",
     out: str | Path | None = None,
     resume: bool = False,
     overwrite: bool = False,
@@ -176,6 +178,7 @@ def fit(
         record: Record task gradients while training: True every step, m one of m steps.
         seeds: Of initialisation and batches. One seed gives every method the same shared weights and batches.
         norm_stats: What split networks do with running statistics, see `split`.
+        init: How the copies of split layers start, see `split`; "fresh" is nearest to what the published code does.
         out: Folder; each seed writes to its own `seed<k>` in it.
         resume: Go on in `out`: finished seeds are read, one that was stopped continues from its last checkpoint, and
             ends as if it had not been stopped.
@@ -194,11 +197,11 @@ def fit(
     Reference: Shi et al., Recon, ICLR 2023, Algorithm 1 (the second training).
     """
     problem = _overridden(problem, recipe_overrides)
-    _check_arguments(problem, method, plan, balancer, record, seeds, norm_stats)
+    _check_arguments(problem, method, plan, balancer, record, seeds, norm_stats, init)
     machine = machine or Machine()
     told = Loggers(loggers if machine.ranks().rank == 0 else ())
     chosen = way(method, balancer)
-    asked = _Asked(chosen.change(problem), method, chosen, plan, int(record), norm_stats, machine, told)
+    asked = _Asked(chosen.change(problem), method, chosen, plan, int(record), norm_stats, init, machine, told)
     folder = None if out is None else Path(out)
     return [_fit_seed(asked, seed, folder, resume, overwrite) for seed in seeds]
 
@@ -211,11 +214,14 @@ def _check_arguments(
     record: int,
     seeds: Sequence[int],
     norm_stats: str,
+    init: str = "copy",
 ) -> None:
     """Raise one error that lists every argument of `fit` that cannot be."""
     faults = check_method(method, balancer)
     if norm_stats not in NORM_STATS:
         faults.append(f"Unknown norm_stats {norm_stats!r}. {nearest(str(norm_stats), NORM_STATS)}")
+    if init not in INITS:
+        faults.append(f"Unknown init {init!r}. {nearest(str(init), INITS)}")
     if not isinstance(record, int) or record < 0:
         faults.append(f"record = {record!r}: expected True (every step), or a whole number m: one of m steps.")
     if method == "single" and (plan is not None or record):
@@ -251,6 +257,7 @@ class _Asked:
     plan: Plan | None
     record: int
     norm_stats: NormStats
+    init: Init
     machine: Machine
     loggers: Loggers
 
@@ -270,6 +277,7 @@ class _Asked:
                 "plan": None if self.plan is None else self.plan.to_dict(),
                 "machine": self.machine.identity(),
             }
+            | ({} if self.init == "copy" else {"init": self.init})
         )
 
 
@@ -295,6 +303,7 @@ def _fit_seed(asked: _Asked, seed: int, out: Path | None, resume: bool, overwrit
         description=f"{label} seed {seed}",
         norm_stats=asked.norm_stats,
         way=asked.way,
+        init=asked.init,
         metrics=None if folder is None else folder / "metrics.jsonl",
         checkpoint=None if folder is None else folder / "last.ckpt",
         loggers=asked.loggers,

@@ -1,7 +1,7 @@
 import json
 import random
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 import reconmtl as rm
 from reconmtl.errors import OptimizerError, ProblemError, ReconError, RunError, UnknownNameError
 from reconmtl.evaluation import Machine
+from reconmtl.loop import Init
 from reconmtl.problems import planted
 from reconmtl.randomness import seeded
 from reconmtl.single import SingleTasks
@@ -351,3 +352,24 @@ def test_parameter_groups_must_hold_every_parameter_of_the_split_model() -> None
     plan = rm.Plan(tasks=["a", "b"], layers=["second"])
     with pytest.raises(OptimizerError, match=r"second\.per_task"):
         rm.fit(_problem(), plan=plan, param_groups=groups)
+
+
+def test_copies_start_as_the_layer_or_drawn_anew() -> None:
+    """Without a learning rate, networks end as they begin."""
+    problem = planted.make()
+    plan = rm.Plan(tasks=planted.TASKS, layers=["blocks.1", "blocks.4"])
+    plain = dict(problem.model().named_parameters())
+    assert plain
+    ends = {}
+    for init in get_args(Init):
+        (run,) = rm.fit(problem, plan=plan, init=init, epochs=1, lr=0.0)
+        ends[init] = {n: p.detach() for n, p in run.model().named_parameters()}
+        assert run.config.get("init", "copy") == init
+    moved = {n for n, p in ends["copy"].items() if not torch.equal(p, ends["fresh"][n])}
+    assert moved == {n for n in ends["copy"] if n.startswith(("blocks.1.", "blocks.4."))}
+    one, other = (ends["fresh"][n] for n in sorted(moved)[:2])
+    same, again = (ends["copy"][n] for n in sorted(moved)[:2])
+    assert torch.equal(same, again)
+    assert not torch.equal(one, other)
+    with pytest.raises(ProblemError, match="Unknown init 'new'"):
+        rm.fit(problem, plan=plan, init="new")  # type: ignore[arg-type]

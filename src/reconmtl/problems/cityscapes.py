@@ -47,8 +47,9 @@ _CODE = replace(
     _PAPER,
     k=40,
     seeds=(0,),
-    note="The published code's scale: K = 40, one seed. It also re-initialises the copies of convolutions and mixes "
-    "the running statistics of normalisations that stay shared; for the latter add --norm-stats shared.",
+    init="fresh",
+    note="The published code's scale: K = 40, one seed, copies drawn anew (with PyTorch's law, not its own). It also "
+    "mixes the running statistics of shared normalisations: add --norm-stats shared.",
 )
 
 PRESETS = {"paper": _PAPER, "code": _CODE}

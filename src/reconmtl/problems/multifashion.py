@@ -42,6 +42,19 @@ PRESETS = {
         seeds=(0, 1, 2),
         note="The paper's scale (its Table 1: n = 3).",
     ),
+    "code": Preset(
+        options={"width": 64, "data": "full"},
+        epochs=120,
+        batch_size=256,
+        lr=0.1,
+        probe_epochs=40,
+        severity=-0.1,
+        k=25,
+        seeds=(0,),
+        init="fresh",
+        note="The published code's scale: 40 epochs of search, one seed, copies drawn anew (with PyTorch's law, not "
+        "its own). It also mixes the running statistics of shared normalisations: add --norm-stats shared.",
+    ),
 }
 
 

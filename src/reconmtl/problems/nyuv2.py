@@ -46,8 +46,9 @@ _CODE = replace(
     probe_epochs=50,
     k=15,
     seeds=(0,),
-    note="The published code's scale: 50 epochs of search, K = 15, one seed. It also re-initialises the copies of "
-    "convolutions and mixes the running statistics of shared normalisations; for the latter add --norm-stats shared.",
+    init="fresh",
+    note="The published code's scale: 50 epochs of search, K = 15, one seed, copies drawn anew (with PyTorch's law, "
+    "not its own). It also mixes the running statistics of shared normalisations: add --norm-stats shared.",
 )
 
 PRESETS = {"paper": _PAPER, "code": _CODE}
