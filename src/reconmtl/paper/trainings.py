@@ -5,13 +5,12 @@ Experiments name trainings, not folders: the joint training of one experiment is
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+from reconmtl.balance import check_balancer
 from reconmtl.choices import Decided, decide, load_problem
 from reconmtl.conflicts import ConflictLog
 from reconmtl.errors import ReconError, RunError, UnknownNameError, nearest
@@ -25,6 +24,7 @@ from reconmtl.train import fit, probe
 Scale = Literal["mini", "full"]
 SCALES: tuple[Scale, ...] = ("mini", "full")
 PRESETS: Mapping[str, Mapping[Scale, str]] = {
+    "pascal_context": {"full": "paper"},
     "multifashion": {"mini": "demo", "full": "paper"},
     "celeba": {"mini": "demo", "full": "paper"},
     "cityscapes": {"full": "paper"},
@@ -61,6 +61,8 @@ class Setup:
         smoke: bool = False,
         accelerator: str = "auto",
         epochs: int | None = None,
+        network: str | None = None,
+        width: int | None = None,
     ) -> Setup:
         """The problem with the preset that stands for the scale.
 
@@ -71,9 +73,16 @@ class Setup:
         if scale not in presets:
             raise UnknownNameError(f"{problem} has no scale {scale!r}. {nearest(scale, presets)}")
         settings = Settings(
-            problem=problem, preset=presets[scale], fast_dev_run=smoke, accelerator=accelerator, epochs=epochs
+            problem=problem,
+            preset=presets[scale],
+            fast_dev_run=smoke,
+            accelerator=accelerator,
+            epochs=epochs,
+            network=network,
+            width=width,
         )
-        name = f"{scale}-{problem}" + (f"-{epochs}-epochs" if epochs else "")
+        parts = [scale, problem, *([network] if network else []), *([f"width-{width}"] if width else [])]
+        name = "-".join([*parts, *([f"{epochs}-epochs"] if epochs else [])])
         return cls(decided=decide(settings), folder=out / name, smoke=smoke, accelerator=accelerator)
 
     def problem(self, width: int | None = None) -> Problem:
@@ -118,6 +127,7 @@ class Training:
         norm_stats: Running statistics of shared BatchNorms behind a split.
         width: Of the network; None for the setup's. A function finds it from the setup and the log.
         record: Record one of so many steps; 0 for none.
+        lacks: What would have to exist for it to be trained; it is named as missing.
     """
 
     name: str
@@ -127,6 +137,7 @@ class Training:
     norm_stats: Literal["per-task", "shared"] = "per-task"
     width: Callable[[Setup, ConflictLog], int] | None = None
     record: int = 0
+    lacks: str = ""
 
     def folder(self, setup: Setup) -> Path:
         """Where its runs are."""
@@ -137,7 +148,7 @@ class Training:
 
     def missing(self) -> str | None:
         """What this training needs that there is not; None if nothing."""
-        return None if available(self.balancer) else f"no balancer {self.balancer!r} yet"
+        return self.lacks or ("; ".join(check_balancer(self.balancer)) or None)
 
     def finished(self, setup: Setup, seed: int) -> Run | None:
         """Its run under a seed, if there is one."""
@@ -181,16 +192,6 @@ def slug(name: str) -> str:
 def balancer_slug(spec: str) -> str:
     """A balancer's spec as part of a folder's name."""
     return slug(spec.replace("=", "").replace(":", "-"))
-
-
-def available(balancer: str) -> bool:
-    """Whether this version of the library can train with a balancer."""
-    if balancer == "joint":
-        return True
-    if importlib.util.find_spec("reconmtl.balance") is None:
-        return False
-    check = importlib.import_module("reconmtl.balance").check_balancer
-    return not check(balancer)
 
 
 def run_all(

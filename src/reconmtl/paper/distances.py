@@ -1,0 +1,114 @@
+"""Tables 12 and 14: how far rankings of stages of training, and of methods, are from each other."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from reconmtl.comparing import Spread
+from reconmtl.errors import ReconError
+from reconmtl.formats import grid
+from reconmtl.nulls import excess
+from reconmtl.paper import published
+from reconmtl.paper.rankings import bootstrap, distances, kendall_tau, quarters, random_distance
+from reconmtl.paper.trainings import Setup
+from reconmtl.ranking import Ranking
+
+PASSES = {
+    "Joint-train": "joint",
+    "CAGrad": "cagrad:c=0.2",
+    "PCGrad": "pcgrad",
+    "GradDrop": "graddrop",
+    "MGDA": "mgda",
+}
+"""Methods that update the network while conflicts are counted (Table 14)."""
+
+
+def of_stages(setup: Setup, seed: int) -> dict[str, Ranking]:
+    """Rankings of the quarters of a whole joint training."""
+    log = setup.probe(seed, epochs=setup.decided.epochs)
+    return quarters(log, severity=setup.decided.severity)
+
+
+def of_methods(setup: Setup, seed: int) -> dict[str, Ranking]:
+    """Rankings found while different methods train; those that cannot be probed with are left out."""
+    found = {}
+    for label, balancer in PASSES.items():
+        try:
+            found[label] = setup.probe(seed, balancer=balancer).rank(severity=setup.decided.severity)
+        except ReconError as error:
+            if balancer == "joint":
+                raise
+            print(f"{label}: missing: {error}")
+    return found
+
+
+def table(rankings: Sequence[Mapping[str, Ranking]], printed: Mapping[tuple[str, str], float]) -> str:
+    """Distances between pairs of rankings over seeds, beside the paper's.
+
+    Args:
+        rankings: One mapping per seed, name -> ranking.
+        printed: The paper's.
+    """
+    each = [distances(of) for of in rankings]
+    cells = []
+    for pair in each[0]:
+        values = [d[pair] for d in each if pair in d]
+        later, earlier = pair
+        taus = [kendall_tau(of[later].layers, of[earlier].layers) for of in rankings if later in of and earlier in of]
+        paper = printed.get(pair)
+        cells.append(
+            [
+                f"{later} - {earlier}",
+                Spread.of(values).show(2),
+                "" if paper is None else f"{paper:.2f}",
+                Spread.of(taus).show(2),
+                str(len(values)),
+            ]
+        )
+    layers = len(next(iter(rankings[0].values())).layers)
+    told = (
+        f"Mean shift of a layer in positions (Eq. 22); random orders of {layers} layers: {random_distance(layers):.1f}."
+    )
+    return grid(["rankings", "distance", "paper's", "Kendall's tau", "n"], cells) + f"\n\n{told}"
+
+
+def show_stages(setup: Setup, seeds: Sequence[int]) -> str:
+    """Table 12, the size of the noise in it, and the ranking of conflicts beyond chance."""
+    text = table([of_stages(setup, s) for s in seeds], published.distances("t12"))
+    logs = [setup.probe(s, epochs=setup.decided.epochs) for s in seeds]
+    severity, k = setup.decided.severity, min(setup.decided.k or 1, len(logs[0].layers))
+    found = bootstrap(logs, severity=severity, k=k)
+    sizes = list(logs[0].sizes.values())
+    small = sorted(logs[0].layers, key=logs[0].sizes.__getitem__)
+    corrected = excess(logs[0].merge(logs[1:]), severity=severity)
+    lines = [
+        text,
+        f"Drawn again over {found.recordings} recording(s) and their windows: a layer moves by {found.distance:.2f} "
+        f"positions, {100 * found.kept:.0f} % of the first {k} stay.",
+        f"Kendall's tau with the order by size, smallest first: score {kendall_tau(found.layers, small):+.2f}, "
+        f"conflicts beyond chance {kendall_tau(corrected.order, small):+.2f} ({len(sizes)} layers); "
+        f"{int((corrected.p < 0.05 / len(sizes)).sum())} layers have more conflicts than chance "
+        "(p < 0.05 / number of layers).",
+    ]
+    ranked = {n: i for i, n in enumerate(corrected.order)}
+    at = {n: i for i, n in enumerate(corrected.layers)}
+    cells = [
+        [
+            str(i + 1),
+            name,
+            f"{100 * corrected.shares[at[name]]:.1f}",
+            f"{corrected.dimensions[at[name]]:.1f}",
+            f"{100 * corrected.chance[at[name]]:.1f}",
+            f"{100 * corrected.excess[at[name]]:+.1f}",
+            f"{corrected.p[at[name]]:.3f}",
+            str(ranked[name] + 1),
+        ]
+        for i, name in enumerate(found.layers)
+    ]
+    titles = ["rank", "layer", "conflicts (%)", "dimensions", "chance (%)", "beyond (%)", "p", "rank beyond chance"]
+    return "\n\n".join([*lines, grid(titles, cells)])
+
+
+def show_methods(setup: Setup, seeds: Sequence[int]) -> str:
+    """Table 14."""
+    return table([of_methods(setup, s) for s in seeds], published.distances("t14"))

@@ -1,0 +1,143 @@
+"""Tables 1-5, 13, 15 and 16: what methods reach, beside the paper's numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from reconmtl.comparing import Comparison, Row, compare
+from reconmtl.conflicts import ConflictLog
+from reconmtl.errors import ReconError
+from reconmtl.formats import grid
+from reconmtl.paper.controls import half, recon
+from reconmtl.paper.published import SINGLE, results
+from reconmtl.paper.rankings import QUARTERS, quarters
+from reconmtl.paper.trainings import Choice, Setup, Training
+from reconmtl.plan import Plan
+from reconmtl.runs import Run
+
+BALANCED = {"MGDA": "mgda", "PCGrad": "pcgrad", "GradDrop": "graddrop", "CAGrad": "cagrad"}
+"""Gradient methods of the paper's tables, and the library's names of them."""
+
+
+def rows(*, cagrad: float, others: Sequence[str] = (), record: int = 0) -> dict[str, Training]:
+    """The rows of a table of results: each method without and with Recon.
+
+    Args:
+        cagrad: The paper's alpha on this data set.
+        others: Methods that the table has besides; they need trainings of their own kind and are named as missing.
+        record: Record one of so many steps.
+    """
+    found = {
+        SINGLE: Training(name="single", method="single"),
+        "Joint-train": Training(name="joint", record=record),
+        "Joint-train w/ Recon": Training(name="recon", choose=recon(), record=record),
+    }
+    for label, balancer in BALANCED.items():
+        spec = f"{balancer}:c={cagrad:g}" if balancer == "cagrad" else balancer
+        found[label] = Training(name="joint", balancer=spec, record=record)
+        found[f"{label} w/ Recon"] = Training(name="recon", choose=recon(), balancer=spec, record=record)
+    for label in others:
+        found[label] = Training(name=label, lacks=f"{label} is not one of these experiments' trainings yet")
+    return found
+
+
+def stage(name: str) -> Choice:
+    """Recon's choice by the conflicts of one quarter of a whole training (Table 13)."""
+
+    def choose(setup: Setup, log: ConflictLog, seed: int) -> Plan:
+        del log  # of the first epochs only
+        whole = setup.probe(seed, epochs=setup.decided.epochs)
+        return quarters(whole, severity=setup.decided.severity)[name].top(half(setup, whole))
+
+    return choose
+
+
+def stages() -> dict[str, Training]:
+    """The rows of Table 13."""
+    labels = ["1st 25% Iterations", "2nd 25% Iterations", "3rd 25% Iterations", "4th 25% Iterations", "All Iterations"]
+    found = {SINGLE: Training(name="single", method="single")}
+    for label, name in zip(labels, QUARTERS, strict=True):
+        found[label] = Training(name=f"recon of {name}", choose=stage(name))
+    return found
+
+
+def finished(setup: Setup, of: Mapping[str, Training], seeds: Sequence[int]) -> list[Run]:
+    """The runs that there are, labelled with their rows' names."""
+    found = []
+    for label, training in of.items():
+        for seed in seeds:
+            run = training.finished(setup, seed)
+            if run is not None:
+                found.append(replace(run, label=label))
+    return found
+
+
+@dataclass(frozen=True)
+class Beside:
+    """A row of ours beside the paper's.
+
+    Attributes:
+        row: Ours.
+        printed: The paper's delta-m, in percent; None for its baseline, or where it has no such row.
+        gain: Our delta-m less that of the same method without Recon; None where there is none.
+        printed_gain: The paper's.
+    """
+
+    row: Row
+    printed: float | None
+    gain: float | None
+    printed_gain: float | None
+
+    @property
+    def agrees(self) -> str:
+        """In words: the sign of the gain by Recon, and whether its size is within a factor of two."""
+        if self.gain is None or self.printed_gain is None:
+            return ""
+        if self.gain * self.printed_gain <= 0:
+            return "no"
+        ratio = self.gain / self.printed_gain
+        return "sign and size" if 0.5 <= ratio <= 2 else "sign"
+
+
+def beside(comparison: Comparison, table: str) -> list[Beside]:
+    """Our rows beside those of one of the paper's tables."""
+    printed = {r.method: r.delta_m.value for r in results(table)[0] if r.delta_m is not None}
+    ours = {r.label: r.delta_m.mean for r in comparison.rows if r.delta_m is not None}
+
+    def gain(of: Mapping[str, float], label: str) -> float | None:
+        base = label.removesuffix(" w/ Recon")
+        return of[label] - of[base] if base != label and base in of and label in of else None
+
+    return [Beside(r, printed.get(r.label), gain(ours, r.label), gain(printed, r.label)) for r in comparison.rows]
+
+
+def show(setup: Setup, of: Mapping[str, Training], table: str, seeds: Sequence[int]) -> str:
+    """Markdown: our table, and delta-m beside the paper's."""
+    runs = finished(setup, of, seeds)
+    if not runs:
+        return "Nothing is finished yet."
+    comparison = compare(runs)
+    parts = [str(comparison)]
+    try:
+        found = beside(comparison, table)
+    except ReconError as error:
+        return "\n\n".join([*parts, str(error)])
+
+    def number(value: float | None) -> str:
+        return "" if value is None else f"{value:+.2f}"
+
+    cells = [
+        [
+            b.row.label,
+            "" if b.row.delta_m is None else b.row.delta_m.show(2, sign=True),
+            number(b.printed),
+            number(b.gain),
+            number(b.printed_gain),
+            b.agrees,
+            str(len(b.row.seeds)),
+        ]
+        for b in found
+    ]
+    titles = ["method", "Δm (%)", "paper's Δm", "gain by Recon", "paper's gain", "agrees", "n"]
+    return "\n\n".join([*parts, "Beside the paper (its n = 3):", grid(titles, cells)])
