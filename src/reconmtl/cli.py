@@ -27,6 +27,7 @@ GROUPS = {
     "All at once": ("run", "sweep"),
     "Step by step": ("probe", "rank", "fit"),
     "Results": ("compare", "report"),
+    "The paper": ("paper",),
 }
 EXAMPLES = (
     "reconmtl run multifashion",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from reconmtl.settings import (
     DataSettings,
     FitSettings,
     LsSettings,
+    PaperSettings,
     Preset,
     ProbeSettings,
     RankSettings,
@@ -335,6 +337,47 @@ def report(options: ReportSettings, faults: Faults) -> Answer:
     return _answer(options, {"report": str(page), "figures": figures}, text)
 
 
+def paper(options: PaperSettings, faults: Faults) -> int:
+    """Repeat tables and figures of the paper."""
+    from reconmtl.paper import experiments
+
+    found = list(faults)
+    if options.action != "ls" and not options.names:
+        found.append(f"NAME: say which, e.g. `reconmtl paper {options.action} t1`; `reconmtl paper ls` lists them.")
+    for name in options.names:
+        try:
+            experiments.find(name)
+        except ReconError as error:
+            found.append(str(error))
+    _stop(found)
+    if options.action == "ls":
+        data = experiments.listed()
+        _show(options, data, experiments.overview(data))
+        return 0
+    lacking = []
+    pages = {}
+    for name in options.names:
+        setup = experiments.find(name).setup(
+            options.scale, options.out, smoke=options.fast_dev_run, accelerator=options.accelerator
+        )
+        if options.action == "run":
+            tell = _say_nothing if options.quiet else _say
+            lacking += experiments.find(name).run(setup, options.seeds or (0,), tell)
+        seeds = options.seeds or experiments.finished_seeds(name, setup)
+        pages[name] = experiments.page(name, setup, seeds)
+    missing = [f"{n}, seed {s}: {why}" for n, s, why in lacking]
+    _show(options, {"pages": pages, "missing": missing}, "\n\n".join(pages.values()))
+    return 3 if lacking else 0
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _say_nothing(line: str) -> None:
+    del line
+
+
 COMMANDS = {
     "ls": Command(LsSettings, ls),
     "check": Command(CheckSettings, check),
@@ -346,4 +389,5 @@ COMMANDS = {
     "fit": Command(FitSettings, fit),
     "compare": Command(CompareSettings, compare),
     "report": Command(ReportSettings, report),
+    "paper": Command(PaperSettings, paper),
 }

@@ -445,6 +445,37 @@ class DataSettings(SourceOptions, OutputOptions):
     )
 
 
+@dataclass(frozen=True, kw_only=True)
+class PaperOptions:
+    """Which experiment, and how much of it."""
+
+    action: Annotated[Literal["ls", "run", "show"], tyro.conf.Positional, tyro.conf.arg(metavar="{ls,run,show}")]
+    """ls lists the experiments; run does what is missing of one; show prints what there is beside the paper's numbers."""
+    names: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="[NAME ...]")] = ()
+    """t1 to t16 and f1 to f11 as in the paper, controls, curves."""
+    scale: Literal["mini", "full"] = "mini"
+    """full is the paper's; mini runs on a laptop's CPU."""
+    seeds: Ints = None
+    """Trainings per row; 0 if not given, and for show all that are finished."""
+    accelerator: str = "auto"
+    """auto, cpu, cuda ..."""
+    fast_dev_run: Flag = False
+    """Two small batches of everything, to see that all of it runs; the numbers mean nothing."""
+    out: Annotated[Path, tyro.conf.arg(metavar="DIR")] = Path("results/paper")
+    """Folder of all experiments; they share trainings."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PaperSettings(PaperOptions, OutputOptions):
+    """Repeat a table or figure of the paper, with the controls it should have had; finished trainings are kept."""
+
+    examples: ClassVar = (
+        "reconmtl paper ls",
+        "reconmtl paper run controls --seeds 0 1 2",
+        "reconmtl paper show t1 t7 --scale mini",
+    )
+
+
 # Presets. -------------------------------------------------------------------------------------------------------------
 
 

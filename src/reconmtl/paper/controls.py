@@ -6,11 +6,17 @@ other sizes. Here every way of choosing stands at both settings of `norm_stats`,
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from statistics import fmean
 
+from reconmtl.comparing import compare
 from reconmtl.conflicts import ConflictLog
+from reconmtl.formats import grid, readable
+from reconmtl.paper.published import load
 from reconmtl.paper.trainings import Choice, Setup, Training
 from reconmtl.plan import Plan
+from reconmtl.runs import Run
 from reconmtl.splitting.costs import Cost, cost
 
 
@@ -115,6 +121,20 @@ def operations(found: Cost) -> float:
     return found.flops
 
 
+def of_k(way: Callable[[ConflictLog, int, int, float], Plan], k: int) -> Choice:
+    """A way of choosing at another K, at most the number of layers.
+
+    Args:
+        way: (log, K, seed, severity) -> plan.
+        k: K.
+    """
+
+    def choose(setup: Setup, log: ConflictLog, seed: int) -> Plan:
+        return way(log, min(k, len(log.layers)), seed, setup.decided.severity)
+
+    return choose
+
+
 WAYS: dict[str, Choice] = {
     "recon": recon(),
     "random layers": random_layers,
@@ -147,3 +167,143 @@ CENTRAL = (
     ),
 )
 """The central question, most telling rows first: whoever stops early has an answer."""
+
+CURVES: dict[str, Callable[[ConflictLog, int, int, float], Plan]] = {
+    "recon": lambda log, k, _seed, severity: log.rank(severity=severity).top(k),
+    "random layers": lambda log, k, seed, _severity: Plan.random_layers(log, k, seed=seed),
+    "smallest layers": lambda log, k, _seed, _severity: Plan.smallest(log, k),
+}
+KS = (5, 10, 15, 20, 30, 35)
+SEVERITIES = (0.0, -0.02, -0.05, -0.15)
+
+TABLE_7 = (
+    Training(name="recon", choose=WAYS["recon"], norm_stats="shared"),
+    Training(name="random layers", choose=random_layers, norm_stats="shared"),
+    Training(name="random parameters, exceeding", choose=random_parameters(exceed=True), norm_stats="shared"),
+)
+"""As published: BatchNorms that stay shared mix the tasks' running statistics."""
+TABLE_11 = (
+    Training(name="recon", choose=WAYS["recon"], norm_stats="shared"),
+    Training(name="last layers", choose=last, norm_stats="shared"),
+    Training(name="first layers", choose=first, norm_stats="shared"),
+)
+FAIR = (
+    Training(name="recon", choose=WAYS["recon"]),
+    Training(name="random layers", choose=random_layers),
+    Training(name="random layers, as many parameters", choose=random_parameters(exceed=False)),
+    Training(name="smallest layers", choose=smallest),
+    Training(name="all norms", choose=norms),
+)
+"""Statistics per task, at the same number of layers and of parameters."""
+CURVE = tuple(Training(name=f"{name}, K = {k}", choose=of_k(way, k)) for k in KS for name, way in CURVES.items())
+FIGURE_3 = (
+    *(Training(name=f"recon, K = {k}", choose=of_k(CURVES["recon"], k), balancer="cagrad:c=0.2") for k in KS),
+    *(Training(name=f"recon, S = {s:g}", choose=recon(severity=s), balancer="cagrad:c=0.2") for s in SEVERITIES),
+)
+
+
+def label(training: Training) -> str:
+    """What a row is called: with what sets it apart from others of its name."""
+    return f"{training.name} (shared statistics)" if training.norm_stats == "shared" else training.name
+
+
+def costs(setup: Setup, training: Training, run: Run) -> Cost:
+    """Of the network that a run trained."""
+    if training.method == "single":
+        problem = setup.problem()
+        alone = [cost(problem.model().eval(), sample=problem.sample(), tasks=[t]) for t in problem.task_names]
+        return Cost(run.parameters, run.megabytes, sum(int(operations(c)) for c in alone), None)
+    width = training.width(setup, setup.probe(run.seed)) if training.width is not None else None
+    return network_cost(setup, plan=run.plan, width=width)
+
+
+def show(setup: Setup, trainings: Sequence[Training], seeds: Sequence[int]) -> str:
+    """Markdown: gain over joint training, its price, and a paired test against Recon."""
+    runs: list[Run] = []
+    priced: dict[str, list[Cost]] = {}
+    for training in (Training(name="joint"), *(t for t in trainings if label(t) != "joint")):
+        for seed in seeds:
+            run = training.finished(setup, seed)
+            if run is not None:
+                runs.append(replace(run, label=label(training)))
+                priced.setdefault(label(training), []).append(costs(setup, training, run))
+    if "joint" not in priced:
+        return "Nothing is finished yet: the joint training comes first."
+    against = next((name for name in ("recon", "recon (shared statistics)") if name in priced), None)
+    comparison = compare(runs, baseline="joint", against=against)
+    base = priced["joint"][0]
+    cells = []
+    for row in comparison.rows:
+        assert row.delta_m is not None  # the joint training is there
+        megabytes = fmean(c.megabytes for c in priced[row.label]) - base.megabytes
+        work = fmean(operations(c) for c in priced[row.label]) / operations(base)
+        gain = row.delta_m.mean
+        cells.append(
+            [
+                row.label,
+                *(s.show(2) for s in row.metrics.values()),
+                row.delta_m.show(2, sign=True),
+                f"{megabytes:+.3f}",
+                f"{work:.2f}",
+                "" if megabytes <= 0 else readable(gain / megabytes, digits=1),
+                "" if work <= 1 else readable(gain / (work - 1), digits=1),
+                "" if row.paired is None else f"{row.paired.mean:+.2f}",
+                "" if row.paired is None else f"{row.paired.p_flip:.2g}",
+                str(len(row.seeds)),
+            ]
+        )
+    metrics = [f"{t} {m}" for t, m in comparison.rows[0].metrics]
+    titles = [
+        "layers split",
+        *metrics,
+        "Δm to joint (%)",
+        "added MB",
+        "operations",
+        "Δm per MB",
+        "Δm per joint forward",
+    ]
+    titles += [f"less {against}", "p (sign flip)", "n"]
+    notes = [
+        "Operations of a forward in multiples of the joint network's. A wider network is the narrowest one that has at "
+        "least Recon's parameters or operations.",
+        *comparison.notes(),
+    ]
+    return "\n\n".join([grid(titles, cells), *notes])
+
+
+def show_selections(
+    setup: Setup, published: Mapping[str, str], trainings: Sequence[Training], seeds: Sequence[int]
+) -> str:
+    """Tables 7 and 11: drops against Recon, faithful and fair.
+
+    Args:
+        setup: Where the runs are.
+        published: The paper's selection -> our training's name; and "table" -> the table's name.
+        trainings: All of them.
+        seeds: To show.
+    """
+    printed = load(published["table"]).dicts()
+    lines = [
+        show(setup, trainings, seeds),
+        "The paper's rows (PD: points of accuracy less than Recon's):",
+        grid(
+            ["paper's selection", "ours", "balancer", "seed", "digit", "PD", "fashion", "PD", "MB"],
+            [
+                [
+                    row["selection"],
+                    published.get(row["selection"], ""),
+                    row["balancer"],
+                    row["seed"],
+                    row["digit acc"],
+                    row["digit drop"],
+                    row["fashion acc"],
+                    row["fashion drop"],
+                    row["megabytes"],
+                ]
+                for row in printed
+            ],
+        ),
+        "The published network also loses the second task's skip connection in RSL and RSP of seeds 0 and 1 and in the "
+        "last 25 layers; that is not repeated here.",
+    ]
+    return "\n\n".join(lines)

@@ -1,0 +1,239 @@
+"""Every table and figure of the paper as one entry: what is trained, and what is shown beside the paper's numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from reconmtl.errors import UnknownNameError, nearest
+from reconmtl.paper import conflicts, controls, distances, iterations, tables
+from reconmtl.paper.trainings import PRESETS, Scale, Setup, Training, run_all
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where an experiment runs at a scale: a problem, and its network if it has several."""
+
+    problem: str
+    network: str | None = None
+
+    def setup(self, scale: Scale, out: Path, *, smoke: bool = False, accelerator: str = "auto") -> Setup:
+        """The problem as the experiment needs it."""
+        return Setup.of(self.problem, scale, out, smoke=smoke, accelerator=accelerator, network=self.network)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experiment:
+    """One table or figure.
+
+    Attributes:
+        title: What it asks.
+        places: Scale -> where it runs.
+        trainings: What is trained, most telling first.
+        probes: What is recorded besides: (setup, seed) -> anything; each is resumable.
+        show: (setup, seeds) -> Markdown.
+    """
+
+    title: str
+    places: Mapping[Scale, Place]
+    trainings: Sequence[Training] = ()
+    probes: Callable[[Setup, int], object] | None = None
+    show: Callable[[Setup, Sequence[int]], str]
+
+    def setup(self, scale: Scale, out: Path, *, smoke: bool = False, accelerator: str = "auto") -> Setup:
+        """Where it runs.
+
+        Raises:
+            ReconError: If there is no such scale, or the data is missing.
+        """
+        if scale not in self.places:
+            raise UnknownNameError(f"There is no scale {scale!r} here. {nearest(scale, self.places)}")
+        return self.places[scale].setup(scale, out, smoke=smoke, accelerator=accelerator)
+
+    def run(
+        self, setup: Setup, seeds: Sequence[int], tell: Callable[[str], None] = print
+    ) -> list[tuple[str, int, str]]:
+        """Do what is missing; see `run_all`."""
+        if self.probes is not None:
+            for seed in seeds:
+                self.probes(setup, seed)
+        return run_all(setup, self.trainings, seeds, tell)
+
+
+MULTIFASHION: Mapping[Scale, Place] = {"mini": Place(problem="multifashion"), "full": Place(problem="multifashion")}
+CELEBA: Mapping[Scale, Place] = {"mini": Place(problem="celeba"), "full": Place(problem="celeba")}
+CITYSCAPES: Mapping[Scale, Place] = {
+    "mini": Place(problem="scenes", network="segnet"),
+    "full": Place(problem="cityscapes", network="segnet"),
+}
+NYUV2: Mapping[Scale, Place] = {
+    "mini": Place(problem="scenes", network="mtan"),
+    "full": Place(problem="nyuv2", network="mtan"),
+}
+PASCAL: Mapping[Scale, Place] = {
+    "mini": Place(problem="scenes", network="mobilenet"),
+    "full": Place(problem="pascal_context"),
+}
+NYUV2_SEGNET: Mapping[Scale, Place] = {
+    "mini": Place(problem="scenes", network="segnet"),
+    "full": Place(problem="nyuv2", network="segnet"),
+}
+CITYSCAPES_MTAN: Mapping[Scale, Place] = {
+    "mini": Place(problem="scenes", network="mtan"),
+    "full": Place(problem="cityscapes", network="mtan"),
+}
+
+
+def _results(
+    table: str, title: str, places: Mapping[Scale, Place], *, cagrad: float, others: Sequence[str] = ()
+) -> Experiment:
+    of = tables.rows(cagrad=cagrad, others=others)
+    return Experiment(
+        title=title,
+        places=places,
+        trainings=tuple(of.values()),
+        show=lambda setup, seeds: tables.show(setup, of, table, seeds),
+    )
+
+
+def _distribution(
+    table: str, title: str, places: Mapping[Scale, Place], *, cagrad: float, record: int = 1, before: bool = False
+) -> Experiment:
+    only = ("Joint-train", *tables.BALANCED) if before else ()
+    of = conflicts.recorded(cagrad=cagrad, record=record, only=only)
+    return Experiment(
+        title=title,
+        places=places,
+        trainings=tuple(of.values()),
+        show=lambda setup, seeds: conflicts.show(setup, of, table, seeds),
+    )
+
+
+def _selection(table: str, title: str, ours: Mapping[str, str], faithful: Sequence[Training]) -> Experiment:
+    of = (Training(name="joint"), *faithful, *controls.FAIR)
+    names = {"table": table, "Recon": "recon (shared statistics)", **ours}
+    return Experiment(
+        title=title,
+        places=MULTIFASHION,
+        trainings=of,
+        show=lambda setup, seeds: controls.show_selections(setup, names, of, seeds),
+    )
+
+
+def _controls(title: str, of: Sequence[Training]) -> Experiment:
+    return Experiment(
+        title=title,
+        places=MULTIFASHION,
+        trainings=of,
+        show=lambda setup, seeds: controls.show(setup, of, seeds),
+    )
+
+
+def _measure(setup: Setup, seed: int) -> None:
+    del seed
+    path = setup.folder / "iterations.json"
+    if not path.exists():
+        small = {"tasks": (2, 3), "width": 2, "batch": 2, "rounds": 1} if setup.smoke else {}
+        iterations.measure(setup.folder, **small)  # type: ignore[arg-type]
+
+
+_STAGES = tables.stages()
+
+EXPERIMENTS: Mapping[str, Experiment] = {
+    "t1": _results("t1", "Methods with and without Recon, Multi-Fashion+MNIST", MULTIFASHION, cagrad=0.2,
+                   others=("RotoGrad", "BMTAS", "MMoE", "MMoE w/ Recon")),
+    "t2": _results("t2", "Methods with and without Recon, CelebA", CELEBA, cagrad=0.1),
+    "t3": _results("t3", "Methods with and without Recon, CityScapes", CITYSCAPES, cagrad=0.2,
+                   others=("Cross-Stitch", "RotoGrad")),
+    "t4": _results("t4", "Methods with and without Recon, PASCAL-Context", PASCAL, cagrad=0.1,
+                   others=("BMTAS", "BMTAS w/ Recon")),
+    "t5": _results("t5", "Methods with and without Recon, NYUv2", NYUV2, cagrad=0.4, others=("Cross-Stitch",)),
+    "t6": _distribution("t6", "How gradients conflict, Multi-Fashion+MNIST", MULTIFASHION, cagrad=0.2),
+    "t7": _selection("t7", "Recon and random layers, as published and fair", {
+        "RSL": "random layers (shared statistics)", "RSP": "random parameters, exceeding (shared statistics)",
+    }, controls.TABLE_7),
+    "t8": _distribution("t8", "How gradients conflict, CityScapes", CITYSCAPES, cagrad=0.2),
+    "t9": _distribution("t9", "How gradients conflict, NYUv2", NYUV2, cagrad=0.4),
+    "t10": _distribution("t10", "How gradients conflict, PASCAL-Context", PASCAL, cagrad=0.1),
+    "t11": _selection("t11", "Recon and the first or last layers, as published and fair", {
+        "last": "last layers (shared statistics)", "first": "first layers (shared statistics)",
+    }, controls.TABLE_11),
+    "t12": Experiment(title="Do stages of training give the same ranking?", places=MULTIFASHION,
+                      probes=distances.of_stages, show=distances.show_stages),
+    "t13": Experiment(title="Layers found in different stages of training, CityScapes", places=CITYSCAPES,
+                      trainings=tuple(_STAGES.values()),
+                      show=lambda setup, seeds: tables.show(setup, _STAGES, "t13", seeds)),
+    "t14": Experiment(title="Do methods give the same ranking?", places=MULTIFASHION,
+                      probes=distances.of_methods, show=distances.show_methods),
+    "t15": _results("t15", "NYUv2 on SegNet", NYUV2_SEGNET, cagrad=0.4),
+    "t16": _results("t16", "CityScapes on MTAN", CITYSCAPES_MTAN, cagrad=0.2),
+    "f1": _distribution("t6", "How gradients conflict before Recon, Multi-Fashion+MNIST", MULTIFASHION, cagrad=0.2,
+                        before=True),
+    "f3": _controls("How many layers (K), and how severe (S)?", (Training(name="joint"), *controls.FIGURE_3)),
+    "f4": _distribution("t6", "How gradients conflict before and after Recon, Multi-Fashion+MNIST", MULTIFASHION,
+                        cagrad=0.2),
+    "f5": _distribution("t8", "How gradients conflict before Recon, CityScapes", CITYSCAPES, cagrad=0.2, before=True),
+    "f6": _distribution("t9", "How gradients conflict before Recon, NYUv2", NYUV2, cagrad=0.4, before=True),
+    "f7": _distribution("t10", "How gradients conflict before Recon, PASCAL-Context", PASCAL, cagrad=0.1, before=True),
+    "f8": _distribution("t8", "How gradients conflict before and after Recon, CityScapes", CITYSCAPES, cagrad=0.2),
+    "f9": _distribution("t9", "How gradients conflict before and after Recon, NYUv2", NYUV2, cagrad=0.4),
+    "f10": _distribution("t10", "How gradients conflict before and after Recon, PASCAL-Context", PASCAL, cagrad=0.1),
+    "f11": Experiment(title="What an iteration costs, by number of tasks", places=CELEBA, probes=_measure,
+                      show=lambda setup, _seeds: iterations.show(setup.folder / "iterations.json")),
+    "controls": _controls("Does it matter which layers are split?", controls.CENTRAL),
+    "curves": _controls("Recon, random and smallest layers over K", (Training(name="joint"), *controls.CURVE)),
+}  # fmt: skip
+"""Name -> experiment: the paper's tables and figures, and the controls that it should have had."""
+
+
+def find(name: str) -> Experiment:
+    """One experiment.
+
+    Raises:
+        UnknownNameError: If there is none of this name; the nearest are given.
+    """
+    if name not in EXPERIMENTS:
+        raise UnknownNameError(f"Unknown experiment {name!r}. {nearest(name, EXPERIMENTS)}")
+    return EXPERIMENTS[name]
+
+
+def page(name: str, setup: Setup, seeds: Sequence[int]) -> str:
+    """What `reconmtl paper show` prints: the experiment's result so far, and how it was trained."""
+    experiment = find(name)
+    d = setup.decided
+    options = "".join(f"{k} {v}, " for k, v in d.options.items())
+    told = [
+        f"{d.problem}, {options}{d.epochs} epochs ({d.probe_epochs} probed), batch {d.batch_size}, K = {d.k}, "
+        f"S = {d.severity:g}; runs are in {setup.folder}.",
+        *(f"Missing: {t.name}: {why}." for t in experiment.trainings if (why := t.missing()) is not None),
+    ]
+    return "\n\n".join([f"## {name}: {experiment.title}", *told, experiment.show(setup, seeds)])
+
+
+def listed() -> list[dict[str, object]]:
+    """What `reconmtl paper ls` prints: every experiment, its scales, and what cannot be trained yet."""
+    found: list[dict[str, object]] = []
+    for name, e in EXPERIMENTS.items():
+        scales = [s for s, place in e.places.items() if s in PRESETS.get(place.problem, {})]
+        lacking = sorted({t.name for t in e.trainings if t.missing() is not None})
+        found.append({"name": name, "title": e.title, "scales": scales, "missing": lacking})
+    return found
+
+
+def overview(found: Sequence[Mapping[str, object]]) -> str:
+    """`listed` as lines of text."""
+    lines = []
+    for e in found:
+        scales, lacking = e["scales"], e["missing"]
+        assert isinstance(scales, list)
+        assert isinstance(lacking, list)
+        lines.append(f"{e['name']:10}{e['title']} ({', '.join(scales) or 'no scale yet'})")
+        lines += [f"{'':10}missing: {', '.join(lacking)}"] if lacking else []
+    return "\n".join(lines)
+
+
+def finished_seeds(name: str, setup: Setup, limit: int = 20) -> tuple[int, ...]:
+    """Seeds under which something of an experiment is finished."""
+    experiment = find(name)
+    return tuple(s for s in range(limit) if any(t.finished(setup, s) is not None for t in experiment.trainings)) or (0,)
