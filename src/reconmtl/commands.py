@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -337,7 +336,7 @@ def report(options: ReportSettings, faults: Faults) -> Answer:
     return _answer(options, {"report": str(page), "figures": figures}, text)
 
 
-def paper(options: PaperSettings, faults: Faults) -> int:
+def paper(options: PaperSettings, faults: Faults) -> Answer:
     """Repeat tables and figures of the paper."""
     from reconmtl.paper import experiments
 
@@ -352,8 +351,7 @@ def paper(options: PaperSettings, faults: Faults) -> int:
     _stop(found)
     if options.action == "ls":
         data = experiments.listed()
-        _show(options, data, experiments.overview(data))
-        return 0
+        return _answer(options, data, experiments.overview(data))
     lacking = []
     pages = {}
     for name in options.names:
@@ -361,17 +359,12 @@ def paper(options: PaperSettings, faults: Faults) -> int:
             options.scale, options.out, smoke=options.fast_dev_run, accelerator=options.accelerator
         )
         if options.action == "run":
-            tell = _say_nothing if options.quiet else _say
+            tell = _say_nothing if options.quiet else print  # goes to stderr while a command works
             lacking += experiments.find(name).run(setup, options.seeds or (0,), tell)
         seeds = options.seeds or experiments.finished_seeds(name, setup)
         pages[name] = experiments.page(name, setup, seeds)
     missing = [f"{n}, seed {s}: {why}" for n, s, why in lacking]
-    _show(options, {"pages": pages, "missing": missing}, "\n\n".join(pages.values()))
-    return 3 if lacking else 0
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+    return _answer(options, {"pages": pages, "missing": missing}, "\n\n".join(pages.values()), 3 if lacking else 0)
 
 
 def _say_nothing(line: str) -> None:

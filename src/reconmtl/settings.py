@@ -450,7 +450,7 @@ class PaperOptions:
     """Which experiment, and how much of it."""
 
     action: Annotated[Literal["ls", "run", "show"], tyro.conf.Positional, tyro.conf.arg(metavar="{ls,run,show}")]
-    """ls lists the experiments; run does what is missing of one; show prints what there is beside the paper's numbers."""
+    """ls lists the experiments, run does what is missing, show prints what there is beside the paper's numbers."""
     names: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="[NAME ...]")] = ()
     """t1 to t16 and f1 to f11 as in the paper, controls, curves."""
     scale: Literal["mini", "full"] = "mini"
