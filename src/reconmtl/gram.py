@@ -235,6 +235,27 @@ class Gradients:
         (part,) = sweep.parts
         return found, part.rows
 
+    def at_features(
+        self,
+        losses: Mapping[str, Tensor],
+        weigh: Callable[[Tensor], Tensor],
+        *,
+        retain_graph: bool = False,
+    ) -> Measured:
+        """Weigh tasks by their gradients where the shared part ends: one pass through the shared part, not T.
+
+        Args:
+            losses: Scalar loss per task, all from one forward pass.
+            weigh: Turns inner products [tasks, tasks] into weights [tasks].
+            retain_graph: Keep the graph for a further backward pass.
+
+        Reference: Sener and Koltun, NeurIPS 2018, section 3.3 (MGDA-UB).
+        """
+        self.refuse_alone()
+        graph, layout = self._read(losses)
+        self._refuse_hooks(layout)
+        return self._make(graph, layout, losses, {}, retain_graph, float("inf")).at_features(weigh)
+
     def micro_batch(
         self, losses: Mapping[str, Tensor], *, retain_graph: bool = False, last: bool
     ) -> tuple[Measured, Tensor]:

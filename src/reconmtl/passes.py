@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node
 
 from reconmtl.engines import Site, full_precision, rounds_to_tf32, site_gram
+from reconmtl.errors import ProbeError
 from reconmtl.graph import Graph, Shared, Stage, many
 
 AGREE = {torch.float32: 2.5e-6, torch.float64: 1e-10}
@@ -222,10 +223,46 @@ class Sweep:
         sparse = {j: torch.cat(rows).unique() for j, rows in self.touched.items() if j not in self.dense}
         return Measured(layout, gram, total, sparse, self.own, self.settle)
 
+    def at_features(self, weigh: Callable[[Tensor], Tensor]) -> Measured:
+        """Weigh the tasks by their gradients where the shared part ends, and backpropagate once from there.
+
+        Args:
+            weigh: Turns inner products [tasks, tasks] into weights [tasks].
+
+        Returns:
+            The update; the only Gram matrix, [1, tasks, tasks], is that of the features.
+
+        Raises:
+            ProbeError: If some task's own part cannot be told from the shared one.
+        """
+        if self.whole or any(head is None for head in self.shared.heads):
+            raise ProbeError("Where the shared part ends cannot be seen in this graph: balance at the weights.")
+        layout, n = self.layout, len(self.losses)
+        self._heads()
+        keys = list(dict.fromkeys(key for pending in self.pending for key in pending))
+        gram = torch.zeros((n, n), dtype=torch.float64)
+        with full_precision(layout.device):
+            for i, a in enumerate(self.pending):
+                for j, b in enumerate(self.pending[: i + 1]):
+                    common = [as_real(a[k]).flatten().dot(as_real(b[k]).flatten()) for k in keys if k in a and k in b]
+                    gram[i, j] = gram[j, i] = sum((c.double().cpu() for c in common), torch.zeros(()).double())
+        weights = weigh(gram).tolist()
+        starts = []
+        for key in keys:
+            parts = [p[key] * w for p, w in zip(self.pending, weights, strict=True) if key in p]
+            starts.append(torch.stack(parts).sum(0) if len(parts) > 1 else parts[0])
+        total = torch.zeros(layout.width, dtype=layout.dtype, device=layout.device)
+        edges = [GradientEdge(*key) for key in keys]
+        self._place(self._grad(edges, starts, [p for _, p in layout.shared], self.retain), total)
+        return Measured(layout, gram[None], total, {}, self.own, self.settle)
+
     def _weighted(self, weights: Tensor, total: Tensor, retain: bool) -> None:
         """The update by one more backward pass, over the weighted losses."""
         loss = torch.stack([w * v for w, v in zip(weights.unbind(), self.losses, strict=True)]).sum()
-        grads = self._grad([loss], None, [p for _, p in self.layout.shared], retain)
+        self._place(self._grad([loss], None, [p for _, p in self.layout.shared], retain), total)
+
+    def _place(self, grads: Sequence[Tensor | None], total: Tensor) -> None:
+        """Write the gradients of the shared parameters into the update."""
         for j, grad in enumerate(grads):
             place = total[self.layout.at(j)]
             if grad is None:

@@ -142,7 +142,7 @@ class RotoGrad(Balancer):
             raise ProbeError("RotoGrad works in one process, and without a gradient scaler.")
         self._check(losses)
         measured = gradients.sweep(losses, retain_graph=True) if measure else None
-        seen = [self._at_features(loss) for loss in losses.values()]
+        seen = [self._to_features(loss) for loss in losses.values()]
         shape = (len(seen), -1, *seen[0].z.shape[1:])
         grads = torch.stack([s.grad for s in seen]).view(shape)
         norms = grads.flatten(1).norm(dim=1).clamp(min=1e-15)
@@ -164,7 +164,7 @@ class RotoGrad(Balancer):
         if set(losses) != set(self.tasks):
             raise ProbeError(f"RotoGrad needs all tasks in every step, this one has {list(losses)}.")
 
-    def _at_features(self, loss: Tensor) -> _Seen:
+    def _to_features(self, loss: Tensor) -> _Seen:
         """Backpropagate one loss to its features; its head's gradients are added to `.grad`."""
         heads = [h for h in self.heads if h.seen is not None]
         ends = [_of_one_task(t) for h in heads for t in h.seen or ()]

@@ -148,8 +148,8 @@ def conflict_averse(gram: Array, c: float) -> Array:
         shifted = gram + s * (to_mean + to_mean[:, None]) + s * s * square
         w = min_norm(shifted, w > 0)
         length = math.sqrt(max(float(w @ gram @ w), 0.0))
-        if abs(length - s * radius) <= 1e-14 * length or high - low <= 1e-15 * high:
-            break
+        if abs(length - s * radius) <= 1e-10 * length or high - low <= 1e-12 * high:
+            break  # w is off by as little, and the objective by the square of it
         low, high = (s, high) if length > s * radius else (low, s)
         root = _root(gram, to_mean, w > 0, radius)
         inside = root is not None and low < root < high

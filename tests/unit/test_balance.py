@@ -323,6 +323,44 @@ def test_gradient_scaling_changes_nothing(spec: str) -> None:
         torch.testing.assert_close(grad / 1024, expected[name], rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("spec", ["mgda", "cagrad:c=0.4", "pcgrad", "upgrad"])
+def test_balancing_at_the_features_needs_their_gradients_only(spec: str) -> None:
+    """Weights from the gradients where the shared part ends, applied to the losses' gradients of shared parameters."""
+    model = network()
+    for options in ({}, {"start": 3}):
+        found = balanced(spec + ("," if ":" in spec else ":") + "at=features", model, **cast(Any, options))
+        model.zero_grad()
+        at = _boundary(model)
+        gram = torch.zeros(4, 4, dtype=torch.float64)
+        for i, a in enumerate(at):
+            for j, b in enumerate(at):
+                gram[i, j] = sum(float((a[k] * b[k]).sum()) for k in a.keys() & b.keys())
+        torch.manual_seed(7)
+        weights = Balancer(spec, TASKS).weights(gram)
+        shared = [p for n, p in model.named_parameters() if not n.startswith("heads")]
+        names = [n for n, _ in model.named_parameters() if not n.startswith("heads")]
+        total = torch.stack([w * v for w, v in zip(weights, losses(model).values(), strict=True)]).sum()
+        for name, grad in zip(names, torch.autograd.grad(total, shared), strict=True):
+            torch.testing.assert_close(found[name], grad, rtol=1e-8, atol=1e-10)
+        model.zero_grad()
+        torch.stack(list(losses(model).values())).sum().backward()
+        torch.testing.assert_close(found["heads.a.weight"], model.heads["a"].weight.grad)
+
+
+def _boundary(model: Net) -> list[dict[str, Tensor]]:
+    """Per task, the gradient at the features that its head takes."""
+    draw = torch.Generator().manual_seed(0)
+    x, t = torch.randn(8, 5, generator=draw).double(), torch.randn(8, len(TASKS), 2, generator=draw).double()
+    z = torch.tanh(model.body(torch.relu(model.stem(x))))
+    y = torch.tanh(model.pair(z))
+    out = []
+    for i, task in enumerate(TASKS):
+        name, features = ("y", y) if task in ("a", "b") else ("z", z)
+        loss = (model.heads[task](features) - (i + 1) * t[:, i]).pow(2).mean() + 0.1
+        out.append({name: torch.autograd.grad(loss, features, retain_graph=True)[0]})
+    return out
+
+
 def test_what_is_not_finite_arrives_where_it_is_looked_for() -> None:
     for spec in ("cagrad", "graddrop"):
         model = network(torch.float32)

@@ -21,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import reconmtl as rm
 from reconmtl import reduction, replicas
+from reconmtl.balance import Balancer
 from reconmtl.errors import ProbeError
 from reconmtl.gram import Gradients
 from reconmtl.oracle import reference_grams
@@ -286,6 +287,29 @@ def check_weights() -> None:
     _, rows, _ = Gradients(alone, alone=True).measure(losses(alone(x), x))
     weights = Gradients(alone, alone=True).sweep(losses(alone(x), x)).gram.nan_to_num().sum((0, 1)).softmax(0)
     assert (found.total - weights @ rows).norm() <= 1e-10 * rows.norm()
+
+
+def check_balancers() -> None:
+    """The update is that of one process with the whole batch; what is drawn at random is drawn once for all."""
+    x = batch(dtype=torch.float64)
+    for spec in ("cagrad", "mgda", "pcgrad", "graddrop", "uw", "rlw", "db-mtl", "gradnorm"):
+        alone, model = network(torch.float64), network(torch.float64)
+        torch.manual_seed(0)
+        Probe(alone, balancer=Balancer(spec, TASKS), group=False).backward(losses(alone(x), x))
+        for start in (0, 3):  # measured, and not
+            torch.manual_seed(dist.get_rank())
+            for p in model.parameters():
+                p.grad = None
+            probe = Probe(model, balancer=Balancer(spec, TASKS), group=dist.group.WORLD, start=start)
+            probe.backward(losses(model(part(x)), part(x)))
+            if spec not in ("pcgrad", "graddrop", "rlw"):  # these draw; compared below
+                same_grads(model, grads(alone), 1e-9)
+            mine = torch.cat([g.flatten() for g in grads(model).values()])
+            first = mine.clone()
+            dist.broadcast(first, 0)
+            assert torch.equal(mine, first), spec
+            if dist.get_rank() == 0 and spec in ("pcgrad", "graddrop"):
+                same_grads(model, grads(alone), 1e-9)
 
 
 def check_failures() -> None:
@@ -578,6 +602,7 @@ MORE = (
     check_training,
     check_micro_batches,
     check_weights,
+    check_balancers,
     check_refusals,
     check_static_graph,
     check_budget,
