@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from reconmtl.version import __version__
 
 if TYPE_CHECKING:
+    from reconmtl.balance import Balancer
     from reconmtl.checking import check_probe, layer_table
     from reconmtl.comparing import compare, delta_m
     from reconmtl.conflicts import ConflictLog
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 
 # Names are imported on first use, so that `reconmtl --help` needs no torch.
 _HOME = {
+    "Balancer": "balance",
     "ConflictLog": "conflicts",
     "Machine": "evaluation",
     "Metric": "problem",
@@ -62,6 +64,7 @@ _HOME = {
 }
 
 __all__ = [
+    "Balancer",
     "ConflictLog",
     "Machine",
     "Metric",
