@@ -15,7 +15,8 @@ from reconmtl.errors import DataError, ProblemError
 from reconmtl.evaluation import Machine
 from reconmtl.faults import check
 from reconmtl.problems import pascal_context
-from reconmtl.problems.pascal_files import PARTS, TASKS, TRUSTED, PascalFolder, fitted, mirrored, prepared, read_maps
+from reconmtl.problems.dense_files import mirrored
+from reconmtl.problems.pascal_files import PARTS, TASKS, TRUSTED, PascalFolder, fitted, prepared, read_maps
 from reconmtl.problems.rooms import CLASSES, draw
 from reconmtl.problems.rooms_files import CONTEXT, VOC, write_pascal_folder
 from reconmtl.train import fit

@@ -15,7 +15,9 @@ from reconmtl.plan import Plan
 from reconmtl.probing import Engine, Probe
 from reconmtl.splitting import split
 from reconmtl.splitting.structure import tensors, transform
-from zoo import TASKS, ZOO
+from zoo import LIBRARY, TASKS, ZOO
+
+NETS = {**ZOO, **LIBRARY}
 
 
 def _losses(outputs: Any) -> dict[str, Tensor]:
@@ -41,7 +43,7 @@ def _double(value: Tensor) -> Tensor:
 
 def _make(name: str) -> nn.Module:
     torch.manual_seed(0)
-    model = ZOO[name].make(TASKS).double()
+    model = NETS[name].make(TASKS).double()
     for p in model.parameters():
         if p.is_complex():  # `double` leaves these alone
             p.data = p.data.to(torch.cdouble)
@@ -53,7 +55,7 @@ def _same(value: Tensor) -> Tensor:
 
 
 def _run(model: nn.Module, name: str, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
-    net, to = ZOO[name], _double if dtype == torch.float64 else _same
+    net, to = NETS[name], _double if dtype == torch.float64 else _same
     torch.manual_seed(5)
     return _losses(model(*transform(net.inputs(), to), **transform(net.keywords(), to)))
 
@@ -127,3 +129,15 @@ def test_split(name: str) -> None:
             continue
         with pytest.raises(ProbeError, match="nothing shared"):
             Probe(new).check(_run(new, name))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("name", LIBRARY)
+def test_the_librarys_dense_networks(name: str) -> None:
+    _check(_make(name).train(), name)
+    model, net = _make(name).train(), NETS[name]
+    alone = [x.name for x in find_layers(model) if not any(fnmatchcase(x.name, s) for s in net.single)]
+    chosen = random.Random(name).sample(alone, len(alone) // 4)
+    for groups in ([["a"], ["b"], ["c"]], [["a", "c"], ["b"]]):
+        _check(split(model, Plan(tasks=TASKS, layers=dict.fromkeys(chosen, groups))), name)

@@ -305,11 +305,16 @@ def enlarged(maps: Mapping[str, Tensor], kinds: Mapping[str, Kind], scale: float
         else:
             big = F.interpolate(part, (height, width), mode="nearest")
         if name == "normal" and not paper:
-            big = F.normalize(big, dim=1)
+            big = directions(big)
         if name == "depth":
             big = big * scale if kinds[name].disparity and not paper else big / scale
         found[name] = big[0]
     return found
+
+
+def directions(vectors: Tensor) -> Tensor:
+    """Vectors [N, 3, H, W] at length one; zeros stay zeros. Several times as fast as `F.normalize` along this axis."""
+    return vectors / vectors.square().sum(1, keepdim=True).sqrt_().clamp_(min=1e-12)
 
 
 def mirrored(maps: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -24,6 +24,7 @@ from torch.nn import functional as F
 
 from reconmtl.boundaries import label_edges
 from reconmtl.errors import DataError, missing_extra
+from reconmtl.problems.dense_files import directions, mirrored
 
 TASKS = ("semantic", "parts", "saliency", "normal", "edge")
 COUNTS = {"train": 4998, "val": 5105}
@@ -148,7 +149,7 @@ def prepared(maps: Mapping[str, NDArray[Any]], tasks: Sequence[str], scale: floa
             classes = nearest(torch.from_numpy(maps["classes"].astype(np.float32))[None])[0].numpy().astype(np.int64)
             found[task] = torch.from_numpy(label_edges(classes))[None].float()
         elif task == "normal":
-            normal = F.normalize(torch.from_numpy(maps["normal"]).movedim(-1, 0).float() * (2 / 255) - 1, dim=0)
+            normal = directions(torch.from_numpy(maps["normal"]).movedim(-1, 0)[None].float() * (2 / 255) - 1)[0]
             known = torch.from_numpy(np.isin(maps["classes"], TRUSTED))
             found[task] = nearest(torch.where(known, normal, 0.0))
         elif task == "saliency":
@@ -166,14 +167,6 @@ def fitted(maps: Mapping[str, Tensor], size: int, *, corner: tuple[int, int]) ->
         part = x[:, top : top + size, left : left + size]
         right, below = size - part.shape[2], size - part.shape[1]
         found[name] = F.pad(part, (0, right, 0, below), value=0.0 if name in ("image", "normal") else float(IGNORED))
-    return found
-
-
-def mirrored(maps: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """All maps [C, H, W] with left and right exchanged; the first component of normals changes its sign."""
-    found = {name: x.flip(2) for name, x in maps.items()}
-    if "normal" in found:
-        found["normal"] = found["normal"] * torch.tensor([-1.0, 1.0, 1.0])[:, None, None]
     return found
 
 
