@@ -7,6 +7,7 @@ weight (`flat`) or at the layer's output (`delta`, see `engines.py`). Neither ne
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import replace
 from typing import Any
 
@@ -18,7 +19,7 @@ from reconmtl.engines import Site, find_site, full_precision, pays, site_floats
 from reconmtl.errors import ProbeError, RunError
 from reconmtl.graph import Graph, check_losses, many, reach
 from reconmtl.layers import ROOT, find_layers, match_layers
-from reconmtl.oracle import reference_grams
+from reconmtl.oracle import reference_grams, reference_vectors
 from reconmtl.passes import Layout, Measured, Segment, Sweep, as_real, mark_absent, real_numel
 from reconmtl.replicas import refuse_alone
 
@@ -108,7 +109,8 @@ class Gradients:
             masks: Parameter name -> bit mask of the positions of the tasks that reach it; cached for equal ones.
         """
         found = {n: masks[n] for layer in self.layers for n in layer.parameters if masks.get(n)}
-        key = (tuple(tasks), tuple(found.items()))
+        kinds = tuple((p.dtype, p.device) for p in self.parameters.values())  # `model.to` may change them
+        key = (tuple(tasks), tuple(found.items()), kinds)
         if key not in self._layouts:
             self._layouts[key] = self._build(tuple(tasks), found)
         return self._layouts[key]
@@ -292,7 +294,7 @@ class Gradients:
 
     def add(self, found: Measured) -> None:
         """Add what a sweep found to `.grad`."""
-        add_update(found.layout, found.total, found.own, found.sparse)
+        add_update(found.layout, found.total, found.own, found.sparse, found.outside, found.missing)
 
     def average(self) -> None:
         """Average `.grad` over the processes that train the model; there are no others here."""
@@ -329,6 +331,10 @@ class Gradients:
         """Compute the Gram matrices of a layout's layers slowly, [layers, tasks, tasks]; the graph is kept."""
         return reference_grams(losses, dict(zip(layout.layers, of_layers(layout), strict=True)))
 
+    def reference_update(self, losses: Mapping[str, Tensor], layout: Layout) -> list[Tensor]:
+        """The gradient of the summed losses of each layer of a layout, [elements] in float64; the graph is kept."""
+        return reference_vectors(sum(losses.values(), torch.zeros(())), of_layers(layout))
+
     def refuse_alone(self) -> None:
         """Raise a ProbeError if other processes train the same model as far as anybody can tell."""
         if not self._alone:
@@ -354,7 +360,23 @@ class Gradients:
             memory=memory,
             whole=self.forced is not None,
             retain=retain,
+            outside=self._outside(graph),
         )
+
+    def _outside(self, graph: Graph) -> list[Tensor]:
+        """Leaves that are no parameters of the model; `.grad` gets theirs too, but they are not measured."""
+        mine = {id(p) for p in self.parameters.values()}
+        found = [node.variable for leaf, node in graph.leaves.items() if leaf not in mine]  # type: ignore[attr-defined]
+        if found:
+            now = {id(p): n for n, p in self.model.named_parameters()}
+            new = [now[id(leaf)] for leaf in found if id(leaf) in now]
+            if new:
+                raise ProbeError(
+                    f"Parameter {new[0]!r} came into the model after the probe was made, which does not measure it: "
+                    "make a new `Probe(model)` once the model is complete."
+                )
+        self._refuse_late_hooks((f"A tensor of shape {list(p.shape)} outside the model", p) for p in found)
+        return found
 
     def _space(self, layout: Layout, floats: int) -> Tensor:
         buffer = self._buffer
@@ -397,12 +419,23 @@ class Gradients:
         return chosen
 
     def _refuse_hooks(self, layout: Layout) -> None:
+        names = {id(p): n for n, p in self.parameters.items()}
+        self._refuse_late_hooks((f"Parameter {names[id(p)]!r}", p) for ps in layout.exclusive for p in ps)
         hooked = [n for n, p in layout.shared if p._backward_hooks or getattr(p, "_post_accumulate_grad_hooks", None)]
         if hooked:
             raise ProbeError(
                 f"Parameter {hooked[0]!r} has a gradient hook, which would see every task's gradient, not their sum. "
                 "Remove it while probing, or act on `.grad` after `probe.backward`."
             )
+
+    @staticmethod
+    def _refuse_late_hooks(leaves: Iterable[tuple[str, Tensor]]) -> None:
+        for what, leaf in leaves:
+            if getattr(leaf, "_post_accumulate_grad_hooks", None):
+                raise ProbeError(
+                    f"{what} has a hook that runs after its gradient was accumulated (an optimizer step, say), which a "
+                    "measured step would not call. Remove it while probing, or act after `probe.backward`."
+                )
 
 
 def _uncompiled(name: str) -> str:
@@ -450,6 +483,8 @@ def add_update(
     total: Tensor,
     own: Sequence[Sequence[Tensor | None]],
     sparse: Mapping[int, Tensor] | None = None,
+    outside: Sequence[tuple[Tensor, Tensor]] = (),
+    missing: AbstractSet[int] = frozenset(),
 ) -> None:
     """Add an update to `.grad`, as the backward pass of the summed losses would.
 
@@ -458,9 +493,12 @@ def add_update(
         total: The update of the shared parameters, [parameters].
         own: Per task the gradients of the parameters that it alone reaches.
         sparse: Shared parameters, by position, whose `.grad` is to be sparse, with its rows [n].
+        outside: Further leaves, each with its gradient.
+        missing: Shared parameters, by position, whose `.grad` stays as it is: an optimizer tells None from zero.
     """
     seen: set[int] = set()
-    for parameters, grads in zip(layout.exclusive, own, strict=True):
+    others = ([p for p, _ in outside], [g for _, g in outside])
+    for parameters, grads in [*zip(layout.exclusive, own, strict=True), others]:
         for parameter, grad in zip(parameters, grads, strict=True):
             if grad is None:
                 continue
@@ -470,6 +508,8 @@ def add_update(
             if not grad.is_sparse:
                 seen.add(grad.data_ptr())
     for j, (_, parameter) in enumerate(layout.shared):
+        if j in missing:
+            continue
         _add_grad(parameter, _gradient(total[layout.at(j)], parameter, None if sparse is None else sparse.get(j)))
 
 
@@ -483,7 +523,7 @@ def _gradient(flat: Tensor, parameter: nn.Parameter, rows: Tensor | None) -> Ten
     return torch.sparse_coo_tensor(rows[None], grad[rows], grad.shape, check_invariants=False).coalesce()
 
 
-def _add_grad(parameter: nn.Parameter, grad: Tensor) -> None:
+def _add_grad(parameter: Tensor, grad: Tensor) -> None:
     if parameter.grad is None:
         parameter.grad = grad
     elif parameter.grad.is_sparse and not grad.is_sparse:

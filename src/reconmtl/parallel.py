@@ -340,6 +340,13 @@ class ParallelGradients(Gradients):
             vectors.append(self.replicas.means(local))
         return products(vectors)
 
+    def reference_update(self, losses: Mapping[str, Tensor], layout: Layout) -> list[Tensor]:
+        """The gradient of the summed losses, averaged over the processes; see `Gradients.reference_update`."""
+        if not _empty(losses):
+            return self.replicas.means(super().reference_update(losses, layout))
+        zeros = [torch.cat([as_real(torch.zeros_like(p)).double().flatten() for p in ps]) for ps in of_layers(layout)]
+        return self.replicas.means(zeros)
+
     def _plan(self, losses: Mapping[str, Tensor], retain: bool, memory: float) -> tuple[_Step, Layout]:
         """Prepare this process's passes, and agree with the others on what will be sent."""
         self.replicas.compare(self.model)
@@ -390,7 +397,8 @@ class ParallelGradients(Gradients):
         means = zip(self.replicas.means(filled), only_sparse[len(layout.shared) :], strict=True)
         found = iter([m.to_sparse(1) if s else m for m, s in means])
         own: list[list[Tensor | None]] = [[next(found) for _ in ps] for ps in layout.exclusive]
-        return Measured(layout, gram, total, sparse, own, step.settle)
+        outside = [] if step.sweep is None else step.sweep.outside  # the wrapper would not average them either
+        return Measured(layout, gram, total, sparse, own, step.settle, outside)
 
     def _refuse_empty(self, losses: Mapping[str, Tensor]) -> None:
         if self.replicas.wrapper is not None and _empty(losses):

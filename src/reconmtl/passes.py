@@ -92,6 +92,9 @@ class Measured:
             gradient touches.
         own: Per task the gradients of the parameters that it alone reaches.
         settle: To be called after a further backward pass over the same graph, see `buffers_once`.
+        outside: Leaves of the graph that are no parameters of the model (a learned weight of a loss, an input), each
+            with the gradient of the summed losses.
+        missing: Shared parameters, by position, for which autograd had no gradient at all, not even zeros.
     """
 
     layout: Layout
@@ -100,6 +103,8 @@ class Measured:
     sparse: dict[int, Tensor]
     own: list[list[Tensor | None]]
     settle: Callable[[], None]
+    outside: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    missing: frozenset[int] = frozenset()
 
 
 @dataclass
@@ -146,12 +151,15 @@ class Sweep:
         memory: float,
         whole: bool,
         retain: bool,
+        outside: Sequence[Tensor] = (),
     ) -> None:
         self.graph, self.layout, self.losses = graph, layout, losses
+        self.leaves, self.outside = outside, list[tuple[Tensor, Tensor]]()
         self.trusted, self.space, self.settle, self.whole, self.retain = trusted, space, settle, whole, retain
         self.own: list[list[Tensor | None]] = [[] for _ in losses]
         self.touched: dict[int, list[Tensor]] = {}  # rows of sparse gradients, by position in `shared`
         self.dense: set[int] = set()  # positions in `shared` of which any gradient was dense
+        self.found: set[int] = set()  # positions in `shared` whose gradient was found at the output of their layer
         position = {id(p): j for j, (_, p) in enumerate(layout.shared)}
         self.biases = {j: position[s.bias] for j, s in sites.items() if s.bias in position}
         hidden = sites.keys() | set(self.biases.values())
@@ -221,7 +229,8 @@ class Sweep:
                 self._weighted(weights, total, retain)
         assert len(taken) == len(layout.shared)  # else parts of `total` would be whatever memory holds
         sparse = {j: torch.cat(rows).unique() for j, rows in self.touched.items() if j not in self.dense}
-        return Measured(layout, gram, total, sparse, self.own, self.settle)
+        missing = frozenset(range(len(layout.shared))) - self.touched.keys() - self.dense - self.found
+        return Measured(layout, gram, total, sparse, self.own, self.settle, self.outside, missing)
 
     def at_features(self, weigh: Callable[[Tensor], Tensor]) -> Measured:
         """Weigh the tasks by their gradients where the shared part ends, and backpropagate once from there.
@@ -273,6 +282,9 @@ class Sweep:
     def fill(self, part: _Part) -> None:
         """Run every task's pass through one stage."""
         if part is self.parts[0]:
+            if self.leaves:  # nobody measures them, so one pass for all tasks, which goes no further than they are
+                grads = self._grad([torch.stack([v.sum() for v in self.losses]).sum()], None, self.leaves, True)
+                self.outside = [(p, g) for p, g in zip(self.leaves, grads, strict=True) if g is not None]
             self._heads()
         while True:
             part.place(self.layout, self.space)
@@ -286,7 +298,9 @@ class Sweep:
         if trial and not self.retain:  # the graph was kept for a second try: one more pass frees it
             i = max((i for i in range(len(self.losses)) if self._starts(part, i)), default=0)
             edges = [*(GradientEdge(s.node, 0) for _, _, s in part.sites), *part.stage.edges]
-            self._grad(*self._from(part, i), edges, False)
+            outputs, cotangents = self._from(part, i)
+            zeros = [torch.zeros_like(c) for c in cotangents or [self.losses[i]]]  # what hooks keep does not change
+            self._grad(outputs, zeros, edges, False, self._root(i))
         for i, gradients in enumerate(after):
             for key in self._starts(part, i):
                 self.pending[i].pop(key, None)
@@ -306,7 +320,8 @@ class Sweep:
         """Compare two tasks' explicit gradients at a site with what `delta` makes of them; keep the answer."""
         j, bias, site = part.sites[d]
         saved, grads = part.inputs[d], part.grads[d][list(explicit)]
-        first = next(iter(explicit.values()))[0].flatten()
+        k = max(range(len(grads)), key=lambda k: float(grads[k].norm()))  # one that is zero would prove nothing
+        first = [*explicit.values()][k][0].flatten()
         with full_precision(first.device):
             measured = site_gram(site.input_gram(saved), grads, bias=bias is not None)
             expected = torch.stack(
@@ -315,8 +330,10 @@ class Sweep:
                     for a in explicit.values()
                 ]
             )
-            update = site.weight_gradient(saved, grads[0]).flatten()
+            update = site.weight_gradient(saved, grads[k]).flatten()
         norms = expected.diagonal().sqrt()
+        if not bool(norms.any()):
+            return True  # zeros agree, but say nothing about the layer: ask again in the next step
         if not bool(expected.isfinite().all()):
             return False  # an overflow, as of scaled losses, says nothing about the layer: ask again in the next step
         bar = AGREE[self.layout.dtype]
@@ -337,6 +354,12 @@ class Sweep:
         starts = self._starts(part, i)
         return [GradientEdge(*key) for key in starts], [self.pending[i][key] for key in starts]
 
+    def _root(self, i: int) -> tuple[Node, int] | None:
+        """Where the graph of a task's loss begins, if other losses are computed from it."""
+        start, output = self.graph.starts[i]
+        assert start is not None  # see check_losses
+        return (start, output) if many(self.graph.masks[start]) else None
+
     def _heads(self) -> None:
         """Backpropagate what each task has for itself, to the edge of the shared part."""
         for i, (loss, head) in enumerate(zip(self.losses, self.shared.heads, strict=True)):
@@ -344,7 +367,7 @@ class Sweep:
                 continue
             start, output = self.graph.starts[i]
             assert start is not None  # see check_losses
-            if many(self.graph.masks[start]):
+            if self._root(i) is not None:
                 self.pending[i][start, output] = torch.ones_like(loss)
                 continue
             keep = self.retain or self.graph.tied
@@ -372,7 +395,7 @@ class Sweep:
                 *own,
             ]
             keep = self.retain or bool(trial) or i not in active[-1:]
-            grads = self._grad(outputs, cotangents, inputs, keep)
+            grads = self._grad(outputs, cotangents, inputs, keep, self._root(i))
             self._store_rows(part, i, dict(zip(flat, grads, strict=False)))
             del grads[: len(flat)]
             for d in checked:
@@ -388,6 +411,7 @@ class Sweep:
                     part.grads[d][i].zero_()
                 else:
                     site.store(delta, part.grads[d][i])
+                    self.found.update(j for j in part.sites[d][:2] if j is not None)
             edges = zip(part.stage.edges, grads, strict=False)
             after.append({(e.node, e.output_nr): g for e, g in edges if g is not None})
             if own:
@@ -420,12 +444,33 @@ class Sweep:
         cotangents: Sequence[Tensor] | None,
         inputs: Sequence[Tensor | GradientEdge],
         retain: bool,
+        root: tuple[Node, int] | None = None,
     ) -> list[Tensor | None]:
+        """Differentiate; the gradients at edges are what hooks of the user on the tensor there have made of them.
+
+        Where an earlier pass has ended, autograd would call those hooks a second time. So it is given zeros, which add
+        nothing to what `retain_grad` keeps, and the gradient itself is put in behind the hooks. Where a pass goes on
+        beyond an edge, autograd returns the gradient from before the hooks, so it is taken behind them.
+        """
         if not outputs or not inputs:
             return [None] * len(inputs)
-        grads = torch.autograd.grad(outputs, inputs, cotangents, retain_graph=retain, allow_unused=True)  # type: ignore[arg-type]
+        resumed: dict[tuple[Node, int], Tensor] = {}
+        given = list(cotangents or ())
+        for k, (edge, grad) in enumerate(zip(outputs, given, strict=False)):
+            if isinstance(edge, GradientEdge) and (edge.node, edge.output_nr) != root:
+                resumed[edge.node, edge.output_nr] = grad
+                given[k] = grad.new_zeros(()).expand_as(grad)
+        handles = [node.register_prehook(_putting(k, grad)) for (node, k), grad in resumed.items()]
+        passed: dict[tuple[Node, int], Tensor] = {}
+        keys = [(e.node, e.output_nr) if isinstance(e, GradientEdge) else None for e in inputs]
+        handles += [node.register_prehook(_taking(k, passed, node)) for node, k in filter(None, keys)]
+        try:
+            grads = torch.autograd.grad(outputs, inputs, given or None, retain_graph=retain, allow_unused=True)  # type: ignore[arg-type]
+        finally:
+            for handle in handles:
+                handle.remove()
         self.settle()
-        return list(grads)
+        return [g if k is None else resumed.get(k, passed.get(k, g)) for k, g in zip(keys, grads, strict=True)]
 
     def _reduce(self, part: _Part, gram: Tensor | None, total: Tensor | None, weights: Tensor | None) -> None:
         """Add a stage's layers to the Grams, and write their part of the update."""
@@ -463,6 +508,21 @@ def mark_absent(layout: Layout, gram: Tensor) -> None:
             if i not in segment.tasks:  # one by one: an index tensor would have to be sent to the accelerator
                 gram[k, i, :] = torch.nan
                 gram[k, :, i] = torch.nan
+
+
+def _putting(k: int, grad: Tensor) -> Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]]:
+    """A hook that makes a gradient the k-th of those which a node is given."""
+    return lambda grads: (*grads[:k], grad, *grads[k + 1 :])
+
+
+def _taking(k: int, into: dict[tuple[Node, int], Tensor], node: Node) -> Callable[[tuple[Tensor, ...]], None]:
+    """A hook that keeps the k-th gradient which a node is given, if there is one."""
+
+    def take(grads: tuple[Tensor, ...]) -> None:
+        if grads[k] is not None:
+            into[node, k] = grads[k]
+
+    return take
 
 
 def _inner(first: Sequence[Tensor], second: Sequence[Tensor]) -> Tensor:

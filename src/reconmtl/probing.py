@@ -44,7 +44,7 @@ class Probe:
         start: First step that may be measured, counted from 0.
         stop: First step that is not measured any more; None never stops.
         overhead: Instead of `every`: the share of training time that measuring may add, e.g. 0.1. How many steps are
-            left out is found from the times of the first six and shown by `every`.
+            left out is found from the times of the first eight and shown by `every`.
         exact: Add one ordinary backward pass per measured step, so that `.grad` is bit-equal to plain training's.
         shared: Names or globs of shared layers, only needed where compiled regions hide the graph.
         group: Under data parallel training, who averages gradients. None: the DistributedDataParallel (or Fabric's)
@@ -275,7 +275,7 @@ class Probe:
         self._recorder.load_state_dict(recorder, device)
 
     def check(self, losses: Mapping[str, Tensor]) -> float:
-        """Compare the engine with a slow oracle on the same graph.
+        """Compare the engine with a slow oracle on the same graph: cosines, and the update with that of summed losses.
 
         Records nothing; `.grad`, buffers, modes and random states are afterwards what they were.
 
@@ -286,7 +286,8 @@ class Probe:
             The largest difference of a cosine, over layers that carry more than rounding noise.
 
         Raises:
-            ProbeError: If a cosine differs by more than 1e-4 (1e-8 for a float64 model); the layer is named.
+            ProbeError: If a cosine differs by more than 1e-4 (1e-8 for a float64 model); or if the tasks' gradients do
+                not add up to that of the summed losses, as with a hook that clips what flows back. The layer is named.
         """
         with undisturbed(self._gradients.model):
             found = self._gradients.sweep(losses, retain_graph=True)
@@ -294,18 +295,33 @@ class Probe:
             if not layout.layers:
                 raise ProbeError("No layer is reached by the losses of two tasks: there is nothing shared to measure.")
             expected = self._gradients.reference(losses, layout)
+            joint = self._gradients.reference_update(losses, layout)
         n = len(layout.tasks)
         upper = torch.triu_indices(n, n)
         measured = found.gram.cpu().double()[:, upper[0], upper[1]]
         expected = expected[:, upper[0], upper[1]]
         ours, theirs = cosines_from_grams(measured, n), cosines_from_grams(expected, n)
-        power = expected[:, upper[0] == upper[1]].amax(1)
+        expected_norms = expected[:, upper[0] == upper[1]].sqrt()
+        power = expected_norms.square().amax(1)
         loud = power > 1e-12 * power.max()
-        difference = torch.where(loud[:, None], (ours - theirs).abs(), 0.0).nan_to_num(0.0)
+        heard = expected_norms.square() > 1e-12 * power.max()  # [layers, tasks]
+        one, other = torch.triu_indices(n, n, 1)
+        difference = torch.where(loud[:, None], (ours - theirs).abs(), 0.0)
+        missed = ours.isnan() & heard[:, one] & heard[:, other]  # a gradient that is not zero was taken for zero
+        difference = difference.nan_to_num(0.0).masked_fill(missed, 2.0)
         worst = float(difference.max()) if difference.numel() else 0.0
         if worst > (1e-8 if layout.dtype == torch.float64 else 1e-4):
             layer = layout.layers[int(difference.amax(1).argmax())]
             raise ProbeError(f"The probe's cosine of layer {layer!r} differs from the oracle's by {worst:.2e}.")
+        norms = expected_norms.sum(1)
+        for k, (segment, vector) in enumerate(zip(layout.segments, joint, strict=True)):
+            error = float((found.total[segment.start : segment.stop].double() - vector).norm())
+            if error > 0.05 * float(norms[k] + 1e-4 * norms.max()):  # parts may run in bfloat16
+                raise ProbeError(
+                    f"The tasks' gradients of layer {segment.layer!r} do not add up to the gradient of the summed "
+                    "losses: something behind it, a hook or a backward of its own, is not linear in the gradient (it "
+                    "clips, say). `Probe(model, exact=True)` takes the update from one ordinary backward pass."
+                )
         return worst
 
 

@@ -244,6 +244,53 @@ def test_gradient_hooks_are_refused_by_name() -> None:
     handle.remove()
 
 
+def test_hooks_that_run_after_accumulation_are_refused_by_name() -> None:
+    model, outside = Partial().double(), torch.ones(1, requires_grad=True)
+    losses = {t: (v * outside.double()).sum() for t, v in model(torch.randn(4, 5, dtype=torch.float64)).items()}
+    for leaf, what in ((model.alone.weight, "'alone.weight'"), (outside, "outside the model")):
+        handle = leaf.register_post_accumulate_grad_hook(lambda _: None)
+        with pytest.raises(ProbeError, match=f"{what} has a hook that runs after"):
+            Gradients(model).sweep(losses)
+        handle.remove()
+
+
+@pytest.mark.parametrize("explicit", [False, True])
+def test_leaves_outside_the_model_get_their_gradients_too(explicit: bool) -> None:
+    twins = []
+    for plain in (False, True):
+        torch.manual_seed(0)
+        model = Partial().double()
+        shared, own = torch.zeros(3, requires_grad=True), torch.ones((), requires_grad=True)
+        x = torch.randn(4, 5, dtype=torch.float64, requires_grad=True)
+        gradients = Gradients(model)
+        for _ in range(2):
+            weights = torch.exp(-shared)  # learned weights of the losses, as for homoscedastic uncertainty
+            losses = {t: v * w + w.log() for (t, v), w in zip(_losses(model, x).items(), weights, strict=True)}
+            losses["c"] = losses["c"] * own
+            if plain:
+                torch.stack(list(losses.values())).sum().backward()
+            else:
+                gradients.add(gradients.explicit(losses)[0] if explicit else gradients.sweep(losses))
+        twins.append([p.grad for p in (*model.parameters(), shared, own, x)])
+    for p, q in zip(*twins, strict=True):
+        assert (p is None) == (q is None)
+        if p is not None:
+            torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-14)
+
+
+def test_a_model_that_changes_under_the_probe_is_measured_right_or_refused() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    gradients = Gradients(model)
+    for dtype in (torch.float32, torch.float64):
+        model.to(dtype)
+        out = model(torch.ones(5, 3, dtype=dtype))
+        assert gradients.sweep({"a": out[:, 0].sum(), "b": out.sum()}).total.dtype == dtype
+    model[1] = nn.Linear(4, 2).double()
+    out = model(torch.ones(5, 3, dtype=torch.float64))
+    with pytest.raises(ProbeError, match=r"'1\.weight' came into the model after the probe was made"):
+        gradients.sweep({"a": out[:, 0].sum(), "b": out.sum()})
+
+
 def test_a_lazy_model_is_asked_to_run_once() -> None:
     with pytest.raises(ProbeError, match="run the model once"):
         Gradients(nn.LazyLinear(3))

@@ -54,6 +54,65 @@ def test_the_graph_is_freed_after_a_sweep_and_kept_when_asked(engine: str) -> No
             losses["a"].backward()
 
 
+class Watched(nn.Module):
+    """Two layers and two heads; keeps the activations between them."""
+
+    def __init__(self, *, bent: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = nn.Linear(4, 5).double(), nn.Linear(5, 3).double()
+        self.heads = nn.ModuleList([nn.Linear(3, 1).double() for _ in range(2)])
+        self.bent = bent
+        self.kept: list[Tensor] = []
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        y = self.first(x)
+        z = self.second(y.tanh())
+        self.kept = [y, z, z.tanh() if self.bent else z]
+        return [head(self.kept[2]).pow(2).sum() for head in self.heads]
+
+
+@pytest.mark.parametrize("memory", [0.0, float("inf")])
+@pytest.mark.parametrize("bent", [True, False])  # whether the heads begin at the output of a layer
+@pytest.mark.parametrize("engine", ["flat", "delta"])
+def test_hooks_on_activations_act_once_wherever_the_passes_are_cut(engine: str, bent: bool, memory: float) -> None:
+    x = torch.randn(6, 4, dtype=torch.float64)
+    for at in (0, 1, 2):
+        model, plain = Watched(bent=bent), Watched(bent=bent)
+        gradients = Gradients(model, engine=engine, memory=memory)
+        for _ in range(2):  # the first step of `delta` also compares it with `flat`
+            for net in (model, plain):
+                losses = net(x)
+                net.kept[at].register_hook(lambda g: g * 3)
+                for z in net.kept:
+                    z.retain_grad()
+                if net is plain:
+                    torch.stack(losses).sum().backward()
+                else:
+                    gradients.add(gradients.sweep(dict(zip("ab", losses, strict=True))))
+            for p, q in zip([*model.parameters(), *model.kept], [*plain.parameters(), *plain.kept], strict=True):
+                torch.testing.assert_close(p.grad, q.grad, rtol=1e-12, atol=1e-14)
+
+
+class NoGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(_: object, x: Tensor, weight: Tensor) -> Tensor:
+        return x * weight.detach()
+
+    @staticmethod
+    def backward(_: object, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
+def test_where_autograd_has_no_gradient_there_is_none_afterwards() -> None:
+    model = nn.ModuleList([nn.Linear(4, 3), nn.Linear(3, 1)])
+    z = NoGradient.apply(model[0](torch.ones(2, 4)), model[1].weight)  # type: ignore[no-untyped-call]
+    gradients = Gradients(model)
+    gradients.add(gradients.sweep({"a": z.sum(), "b": z.pow(2).sum()}))
+    assert model[0].weight.grad is not None
+    assert model[1].weight.grad is None  # weight decay and momentum would act on zeros
+
+
 def test_nothing_keeps_the_graph_alive() -> None:
     model, x = _chain(), torch.randn(8, 16, dtype=torch.float64)
     gradients = Gradients(model, engine="delta")

@@ -524,6 +524,29 @@ def test_check_finds_a_wrong_engine(monkeypatch: pytest.MonkeyPatch) -> None:
         Probe(model).check(_losses(model(x), x))
 
 
+def test_check_finds_what_is_not_linear_in_the_gradient() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    for bound in (1e9, 1e-3):
+        z = model[0](torch.randn(5, 3))
+        z.register_hook(lambda g, bound=bound: g.clamp(-bound, bound))
+        out = model[1](z)
+        losses = {"a": out[:, 0].pow(2).sum(), "b": (out[:, 1] - 1).pow(2).sum()}
+        if bound > 1:
+            Probe(model).check(losses)
+        else:
+            with pytest.raises(ProbeError, match=r"layer '0' do not add up .* exact=True"):
+                Probe(model).check(losses)
+
+
+def test_check_finds_a_gradient_that_was_taken_for_zero(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Linear(3, 2)
+    out = model(torch.randn(5, 3))
+    monkeypatch.setattr("reconmtl.passes.torch.Tensor.addmm_", lambda g, *_: g.zero_())
+    with pytest.raises(ProbeError, match="differs from the oracle's"):
+        Probe(model, engine="flat").check({"a": out[:, 0].sum(), "b": out.sum()})
+
+
 def test_infinite_gradients_are_reported_not_counted() -> None:
     model = nn.Linear(3, 2)
     probe = Probe(model)

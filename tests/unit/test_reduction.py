@@ -112,7 +112,7 @@ def test_gram_and_update_are_those_of_the_mean_rows(
     monkeypatch.setattr(reduction, "BUCKET", bucket)
     weights = torch.tensor([0.5, -1.0, 2.0], dtype=torch.float64)
     mean = torch.stack([rows_of(r) for r in range(size)]).mean(0)
-    for gram, total, counts in together(size, (lambda _: weights) if weighted else None):
+    for gram, total, counts in together(size, (lambda *_: weights) if weighted else None):
         for k, segment in enumerate(layout().segments):
             part = mean[:, segment.start : segment.stop]
             expected = part @ part.T
