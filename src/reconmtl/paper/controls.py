@@ -202,11 +202,6 @@ FIGURE_3 = (
 )
 
 
-def label(training: Training) -> str:
-    """What a row is called: with what sets it apart from others of its name."""
-    return f"{training.name} (shared statistics)" if training.norm_stats == "shared" else training.name
-
-
 def costs(setup: Setup, training: Training, run: Run) -> Cost:
     """Of the network that a run trained."""
     if training.method == "single":
@@ -221,12 +216,12 @@ def show(setup: Setup, trainings: Sequence[Training], seeds: Sequence[int]) -> s
     """Markdown: gain over joint training, its price, and a paired test against Recon."""
     runs: list[Run] = []
     priced: dict[str, list[Cost]] = {}
-    for training in (Training(name="joint"), *(t for t in trainings if label(t) != "joint")):
+    for training in (Training(name="joint"), *(t for t in trainings if t.row != "joint")):
         for seed in seeds:
             run = training.finished(setup, seed)
             if run is not None:
-                runs.append(replace(run, label=label(training)))
-                priced.setdefault(label(training), []).append(costs(setup, training, run))
+                runs.append(replace(run, label=training.row))
+                priced.setdefault(training.row, []).append(costs(setup, training, run))
     if "joint" not in priced:
         return "Nothing is finished yet: the joint training comes first."
     against = next((name for name in ("recon", "recon (shared statistics)") if name in priced), None)

@@ -99,6 +99,9 @@ class Setup:
     def probe(self, seed: int, *, balancer: str = "joint", epochs: int | None = None) -> ConflictLog:
         """The log of a probe under a seed; one that is finished is read."""
         length = self.decided.probe_epochs if epochs is None else epochs
+        machine = self.machine()
+        if self.smoke:
+            machine = replace(machine, max_batches=4)  # a recording has quarters
         name = f"{balancer_slug(balancer)}-{length}-epochs"
         return probe(
             self.problem(),
@@ -107,7 +110,7 @@ class Setup:
             seed=seed,
             out=self.folder / "probes" / name / f"seed{seed}",
             resume=True,
-            machine=self.machine(),
+            machine=machine,
         )
 
 
@@ -138,6 +141,13 @@ class Training:
     width: Callable[[Setup, ConflictLog], int] | None = None
     record: int = 0
     lacks: str = ""
+
+    @property
+    def row(self) -> str:
+        """What tables of ours call it: its name, with what sets it apart from others of that name."""
+        parts = [] if self.balancer == "joint" else [self.balancer]
+        parts += ["shared statistics"] if self.norm_stats == "shared" else []
+        return f"{self.name} ({', '.join(parts)})" if parts else self.name
 
     def folder(self, setup: Setup) -> Path:
         """Where its runs are."""
@@ -210,8 +220,8 @@ def run_all(
             try:
                 run = training.run(setup, seed)
             except ReconError as error:
-                lacking.append((training.name, seed, str(error)))
-                tell(f"{training.name}, seed {seed}: missing: {error}")
+                lacking.append((training.row, seed, str(error)))
+                tell(f"{training.row}, seed {seed}: missing: {error}")
             else:
-                tell(f"{training.name}, seed {seed}: {run.seconds:.0f} s")
+                tell(f"{training.row}, seed {seed}: {run.seconds:.0f} s")
     return lacking
