@@ -20,8 +20,8 @@ from reconmtl.problems.rooms import CLASSES
 def main() -> None:
     """Train, evaluate in every way, print a table."""
     torch.set_num_threads(1)
-    problem = scenes.make(width=4, images=160, held_out=96)
-    (run,) = rm.fit(problem, epochs=2, machine=Machine(accelerator="cpu"))
+    problem = scenes.make(width=8, images=160, held_out=96)
+    (run,) = rm.fit(problem, epochs=4, machine=Machine(accelerator="cpu"))
     model = run.model()
     with torch.no_grad():
         parts = [problem.test.batch(at) for at in torch.arange(96).split(16)]

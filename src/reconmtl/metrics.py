@@ -48,8 +48,8 @@ class _Confusion(MulticlassConfusionMatrix):
 class MeanIoU(_Confusion):
     """Intersection over union in percent, averaged over the classes that occur in labels or predictions.
 
-    NaN where no pixel counts at all. `torchmetrics.JaccardIndex(task="multiclass")` is the same number as long as every
-    class occurs.
+    NaN where no pixel counts at all. `torchmetrics.JaccardIndex(task="multiclass")` is the same number as a fraction,
+    unless `absent` is "zero".
 
     Args:
         classes: Number of classes.
