@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 import reconmtl as rm
 from reconmtl.errors import ProbeError, ProblemError, RunError
-from reconmtl.networks import resnet
+from reconmtl.networks import resnet, segnet
 from reconmtl.networks.pieces import Pieces
 from reconmtl.probing import Probe
 from reconmtl.rotograd import BURN_IN, Rotated, RotoGrad, rotated, rotations_slower
@@ -171,3 +171,9 @@ def test_rotations_are_uniform_and_add_m_squared_parameters() -> None:
     assert added == 2 * 100 * 100
     turn = cast(Rotated, cast(nn.ModuleDict, model.heads)["digit"]).turn()
     assert float(turn.detach().diagonal().mean().abs()) < 3 / math.sqrt(100)  # far from the identity
+
+
+@pytest.mark.slow
+def test_size_on_segnet_is_the_papers() -> None:
+    model = rotated(segnet.cityscapes(), 1024)
+    assert sum(p.numel() for p in model.parameters()) * 4 / 2**20 == pytest.approx(103.43, abs=0.005)
