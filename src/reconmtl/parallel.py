@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from reconmtl.errors import ProbeError
 from reconmtl.gram import Gradients, grams, masks_of, of_layers
+from reconmtl.graph import Graph
 from reconmtl.oracle import products, reference_vectors
 from reconmtl.passes import Layout, Measured, Sweep, as_real, real_numel
 from reconmtl.reduction import Reduction
@@ -286,7 +287,7 @@ class ParallelGradients(Gradients):
 
     def average(self) -> None:
         """Average `.grad` over the processes."""
-        self.replicas.average_grads(self.parameters)
+        self.replicas.average_grads({**self.parameters, **{f"outside: {n}": p for n, p in self._beyond().items()}})
 
     def mean_losses(self, losses: Mapping[str, Tensor], scale: Tensor | float = 1.0) -> dict[str, float]:
         """The losses' values, averaged over all processes as the gradients are: one that lacks a task has zero."""
@@ -397,8 +398,36 @@ class ParallelGradients(Gradients):
         means = zip(self.replicas.means(filled), only_sparse[len(layout.shared) :], strict=True)
         found = iter([m.to_sparse(1) if s else m for m, s in means])
         own: list[list[Tensor | None]] = [[next(found) for _ in ps] for ps in layout.exclusive]
-        outside = [] if step.sweep is None else step.sweep.outside  # the wrapper would not average them either
+        outside = self._outside_means([] if step.sweep is None else step.sweep.outside)
         return Measured(layout, gram, total, sparse, own, step.settle, outside)
+
+    def _beyond(self) -> dict[str, nn.Parameter]:
+        """Parameters that the wrapper averages although the probed model does not hold them."""
+        w, mine = self.replicas.wrapper, {id(p) for p in self.parameters.values()}
+        if w is None:
+            return {}
+        return {n: p for n, p in w.module.named_parameters() if id(p) not in mine and n not in w.parameters_to_ignore}
+
+    def _outside_means(self, outside: list[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
+        """Average what the wrapper averages, see `average_grads`; other leaves stay local, as in a plain step."""
+        beyond = self._beyond()
+        if not beyond:
+            return outside
+        mine = {id(p): g for p, g in outside}
+        anyone = set().union(*self.replicas.agree([n for n, p in beyond.items() if id(p) in mine]))
+        chosen = [p for n, p in beyond.items() if n in anyone]
+        means = self.replicas.means([mine.pop(id(p), torch.zeros_like(p)) for p in chosen])
+        return [*zip(chosen, means, strict=True), *((p, g) for p, g in outside if id(p) in mine)]
+
+    def _outside(self, graph: Graph) -> list[Tensor]:
+        found = super()._outside(graph)
+        alone = [p for p in found if isinstance(p, nn.Parameter)]
+        if alone and self.replicas.wrapper is None:
+            raise ProbeError(
+                f"The losses depend on a parameter of shape {list(alone[0].shape)} outside the probed model, whose "
+                "gradient nobody averages over the processes. Probe a module that holds all of them."
+            )
+        return found
 
     def _refuse_empty(self, losses: Mapping[str, Tensor]) -> None:
         if self.replicas.wrapper is not None and _empty(losses):

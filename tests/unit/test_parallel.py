@@ -508,6 +508,38 @@ def check_sharded_parameters_are_refused() -> None:
     refused("DTensor", lambda: Probe(model))
 
 
+class Holding(nn.Module):
+    """A trunk, and what lies beside it: two heads and learned weights of the losses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.trunk = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 5))
+        self.heads = nn.ModuleList([nn.Linear(5, 1), nn.Linear(5, 1)])
+        self.weights = nn.Parameter(torch.zeros(2))
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        z = self.trunk(x)
+        return {t: self.heads[i](z).pow(2).mean() * self.weights[i].exp() for i, t in enumerate("ab")}
+
+
+def check_what_lies_beside_the_probed_model() -> None:
+    x = part(torch.randn(12, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(3)))
+    for micro in (False, True):
+        model, plain = Holding().double(), Holding().double()
+        wrapper, other = DistributedDataParallel(model), DistributedDataParallel(plain)
+        probe = Probe(model.trunk, group=wrapper)
+        if micro:
+            with wrapper.no_sync(), other.no_sync():
+                probe.backward(wrapper(-x), last=False)
+                torch.stack(list(other(-x).values())).sum().backward()
+        probe.backward(wrapper(x))
+        torch.stack(list(other(x).values())).sum().backward()
+        same_grads(model, grads(plain), 1e-10)
+    bare = Holding().double()
+    refused("outside the probed model", lambda: Probe(bare.trunk, group=dist.group.WORLD).backward(bare(x)))
+
+
 def check_fabric() -> None:
     from lightning_fabric import Fabric
     from lightning_fabric.plugins.environments.torchelastic import TorchElasticEnvironment
@@ -609,6 +641,7 @@ MORE = (
     check_exact,
     check_sparse,
     check_sharded_parameters_are_refused,
+    check_what_lies_beside_the_probed_model,
 )
 
 
