@@ -179,6 +179,7 @@ class _Training:
         self.asked = self.due = False  # whether a signal, or the time, asks for a checkpoint after this step
         self.reached: set[str] = set()
         self.values: Values = {}
+        self.end: int | None = None  # of a training that was finished before: bytes of the metrics file up to there
 
     def _balancer(self, model: nn.Module) -> Balancer | None:
         """What forms the updates; what it learns itself is trained by the same optimizer."""
@@ -236,7 +237,14 @@ class _Training:
         # count.
         counted = [p.numel() for n, p in self.model.named_parameters() if len(self.absent) > 1 or n in self.reached]
         log = self.probe.log if self.probe is not None and job.record else None
-        return Trained(self.model, log, sum(counted), self.values, self._elapsed(), self._written())
+        return Trained(
+            self.model,
+            log,
+            sum(counted),
+            self.values,
+            self._elapsed(),
+            self._written() if self.end is None else self.end,
+        )
 
     def _step(self, indices: Indices) -> None:
         problem, fabric, model = self.job.problem, self.fabric, self.model
@@ -372,7 +380,10 @@ class _Training:
         self.reached = set(state["reached"])
         self.values = {str(t): {str(m): float(v) for m, v in of.items()} for t, of in state["values"].items()}
         self.seconds, self.since = float(state["seconds"]), time.perf_counter()
-        self._cut(state["written"])
+        if self.epoch > self.epochs:
+            self.end = int(state["written"])  # the file goes on with the lines of the next task's training
+        else:
+            self._cut(state["written"])
         set_random_states(state["random"][self.ranks.rank])  # last: nothing is drawn from here to the next step
 
     # The metrics file. ------------------------------------------------------------------------------------------------

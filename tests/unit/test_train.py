@@ -1,5 +1,7 @@
 import json
+import os
 import random
+import signal
 from pathlib import Path
 from typing import Any, get_args
 
@@ -9,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import reconmtl as rm
-from reconmtl.errors import OptimizerError, ProblemError, ReconError, RunError, UnknownNameError
+from reconmtl.errors import Interrupted, OptimizerError, ProblemError, ReconError, RunError, UnknownNameError
 from reconmtl.evaluation import Machine
 from reconmtl.loop import Init
 from reconmtl.problems import planted
@@ -373,3 +375,24 @@ def test_copies_start_as_the_layer_or_drawn_anew() -> None:
     assert not torch.equal(one, other)
     with pytest.raises(ProblemError, match="Unknown init 'new'"):
         rm.fit(problem, plan=plan, init="new")  # type: ignore[arg-type]
+
+
+def test_single_task_training_goes_on_in_the_task_where_it_was_stopped(tmp_path: Path) -> None:
+    whole = planted.make()
+    options: dict[str, Any] = {"method": "single", "epochs": 3, "machine": Machine(accelerator="cpu")}
+    (expected,) = rm.fit(whole, out=tmp_path / "whole", **options)
+    problem, fetch, steps = planted.make(), planted.PlantedData.batch, []
+
+    def stopping(indices: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        steps.append(len(indices))
+        if len(steps) == 16 * 3 + 20:  # the second task's second epoch
+            os.kill(os.getpid(), signal.SIGTERM)
+        return fetch(problem.train, indices)
+
+    problem.train.batch = stopping
+    with pytest.raises(Interrupted, match="epoch 2 of 3"):
+        rm.fit(problem, out=tmp_path / "stopped", **options)
+    (found,) = rm.fit(planted.make(), out=tmp_path / "stopped", resume=True, **options)
+    assert found.metrics == expected.metrics
+    lines = [(tmp_path / n / "seed0" / "metrics.jsonl").read_text() for n in ("whole", "stopped")]
+    assert lines[0] == lines[1]
