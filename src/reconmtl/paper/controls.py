@@ -197,6 +197,8 @@ FAIR = (
 """Statistics per task, at the same number of layers and of parameters."""
 CURVE = tuple(Training(name=f"{name}, K = {k}", choose=of_k(way, k)) for k in KS for name, way in CURVES.items())
 FIGURE_3 = (
+    Training(name="joint"),
+    Training(name="joint", balancer="cagrad:c=0.2"),
     *(Training(name=f"recon, K = {k}", choose=of_k(CURVES["recon"], k), balancer="cagrad:c=0.2") for k in KS),
     *(Training(name=f"recon, S = {s:g}", choose=recon(severity=s), balancer="cagrad:c=0.2") for s in SEVERITIES),
 )

@@ -170,7 +170,7 @@ EXPERIMENTS: Mapping[str, Experiment] = {
     "t16": _results("t16", "CityScapes on MTAN", CITYSCAPES_MTAN, cagrad=0.2),
     "f1": _distribution("t6", "How gradients conflict before Recon, Multi-Fashion+MNIST", MULTIFASHION, cagrad=0.2,
                         before=True),
-    "f3": _controls("How many layers (K), and how severe (S)?", (Training(name="joint"), *controls.FIGURE_3)),
+    "f3": _controls("How many layers (K), and how severe (S)?", controls.FIGURE_3),
     "f4": _distribution("t6", "How gradients conflict before and after Recon, Multi-Fashion+MNIST", MULTIFASHION,
                         cagrad=0.2),
     "f5": _distribution("t8", "How gradients conflict before Recon, CityScapes", CITYSCAPES, cagrad=0.2, before=True),

@@ -38,7 +38,7 @@ def rows(*, cagrad: float, others: Sequence[str] = (), record: int = 0) -> dict[
         found[label] = Training(name="joint", balancer=spec, record=record)
         found[f"{label} w/ Recon"] = Training(name="recon", choose=recon(), balancer=spec, record=record)
     for label in others:
-        found[label] = Training(name=label, lacks=f"{label} is not one of these experiments' trainings yet")
+        found[label] = Training(name=label, lacks="it needs a training of its own, which there is not yet")
     return found
 
 
