@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import MISSING, field, fields, make_dataclass
@@ -76,6 +77,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # whoever reads us has seen enough, `head` say
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the last flush fails again
         return 0
+    except Exception as error:  # a user's code may raise anything, and we may be wrong
+        from reconmtl.workers import sentence
+
+        traceback.print_exception(error)
+        print(
+            f"error: {sentence(error)}. The traceback is above; `reconmtl check PROBLEM` looks for everything that is "
+            "wrong with a problem. What is finished is kept, and --resume goes on.",
+            file=sys.stderr,
+        )
+        return EXIT_BAD_INPUT
     finally:
         if here:
             signal.signal(signal.SIGTERM, before)

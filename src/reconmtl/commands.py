@@ -152,10 +152,15 @@ def rank(options: RankSettings, faults: Faults) -> Answer:
     chosen = options.top is not None or options.budget_mb is not None or options.by == "norms"
     if not chosen and (options.out is not None or options.by != "recon"):
         found.append("Say how many layers the plan splits: --top K or --budget-mb MB.")
+    if options.top is not None and options.top < 1:
+        found.append(f"--top {options.top}: expected at least 1 layer.")
     logs = []
     for path in options.log:
         try:
-            logs.append(ConflictLog.load(path))
+            # The folder of a probe, too, not only the log in it.
+            inside = Path(path) / "log"
+            there = (Path(path) / "log.json").exists() or not (inside / "log.json").exists()
+            logs.append(ConflictLog.load(path if there else inside))
         except ReconError as error:
             found.append(str(error))
     if not options.log:

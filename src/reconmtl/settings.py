@@ -99,7 +99,7 @@ class SplittingOptions:
 
     severity: Float = None
     """The paper's S: gradients conflict when their cosine is below it; in (-1, 0]."""
-    k: Int = None
+    k: Annotated[Int, tyro.conf.arg(aliases=["--top"])] = None
     """The paper's K: so many layers with most conflicts get one copy per task."""
 
 

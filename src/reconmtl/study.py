@@ -10,7 +10,7 @@ from reconmtl.batches import Sets, sets_of
 from reconmtl.choices import Decided, decide, default_folder, load_problem, split_method
 from reconmtl.comparing import Comparison, compare
 from reconmtl.conflicts import ConflictLog
-from reconmtl.errors import RunError
+from reconmtl.errors import ReconError, RunError
 from reconmtl.evaluation import Machine
 from reconmtl.files import read_json, write_bytes, write_json
 from reconmtl.jobs import Job, choose_plan, own_log, rehearse
@@ -116,7 +116,7 @@ def conclude(folder: Path, decided: Decided) -> Study:
     problem = load_problem(decided)
     ranking, plan = save_plan(folder, decided)
     runs = [
-        open_run(path, problem)
+        _opened(path, problem)
         for m in decided.methods
         for s in decided.seeds
         if (path := folder / m / f"seed{s}").joinpath("result.json").exists()
@@ -126,6 +126,13 @@ def conclude(folder: Path, decided: Decided) -> Study:
     write_json(folder / "comparison.json", comparison.to_dict())
     write_bytes(folder / "table.md", lambda temporary: _write_text(temporary, text + "\n"))
     return Study(folder, comparison, ranking, plan, text)
+
+
+def _opened(path: Path, problem: Problem) -> Run:
+    try:
+        return open_run(path, problem)
+    except ReconError as error:
+        raise RunError(f"{error} Delete {path} and repeat with --resume to train it again.") from None
 
 
 def _write_text(path: Path, text: str) -> None:

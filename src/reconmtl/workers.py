@@ -101,14 +101,19 @@ def first_failure(job: Job, error: Exception) -> None:
 
 
 def sentence(error: Exception) -> str:
-    """What went wrong, in one line; of a bug also where."""
+    """What went wrong, in one line; of what was not foreseen also where, in the user's own files if they took part."""
     if isinstance(error, BrokenProcessPool):
         return "the process was killed, most likely for want of memory"
     if isinstance(error, ReconError):
         return " ".join(str(error).split())
     # What comes from another process carries its traceback as text, as the cause.
     places = re.findall(r'^ *File "(.+)", line (\d+)', story(error.__cause__ or error), re.MULTILINE)
-    where = f" ({places[-1][0]}:{places[-1][1]})" if places else ""
+    installed = ("<", *(f"{Path(file).parent}{os.sep}" for file in (torch.__file__, __file__)))
+    own = [place for place in places if not place[0].startswith(installed)]
+    # The command itself is the user's file too, when it was started by its path: it comes first and tells nothing.
+    own = [place for place in own if Path(place[0]).name not in ("reconmtl", "reconmtl.exe")]
+    path, line = (own or places or [("", "")])[-1]
+    where = f" ({path}:{line})" if path else ""
     return f"{type(error).__name__}: {' '.join(str(error).split())}{where}"
 
 

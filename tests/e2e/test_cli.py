@@ -3,6 +3,7 @@
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -307,3 +308,34 @@ def test_a_killed_worker_is_a_sentence(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert "was killed" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+# What was not foreseen. -----------------------------------------------------------------------------------------------
+
+
+def test_what_a_users_code_raises_ends_in_a_sentence_with_its_place_below_the_traceback(say: Say) -> None:
+    Path("mine.py").write_text('def make():\n    raise KeyError("colour")\n')
+    said = say("run", "mine.py:make", "--out", "out")
+    assert said.code == 2 and said.out == "" and not Path("out").exists()
+    assert said.err.startswith("Traceback")
+    last = said.err.strip().splitlines()[-1]
+    assert last.startswith("error: KeyError: 'colour' (") and "mine.py:2)" in last and "reconmtl check" in last
+
+
+def test_rank_takes_the_folder_of_a_probe_and_run_takes_top(say: Say) -> None:
+    assert say("probe", *QUICK, "--out", "mine", "--quiet").code == 0
+    both = [say("rank", folder, "--top", "1", "--json").json for folder in ("mine", "mine/log")]
+    assert both[0] == both[1]
+    assert say("rank", "mine", "--top", "0").err == "error: --top 0: expected at least 1 layer.\n"
+    assert parse("run", ["planted", "--top", "3"])[0].k == 3
+
+
+def test_a_damaged_finished_run_is_named_with_the_way_out(say: Say) -> None:
+    words = ("run", *QUICK, "--seeds", "0", "--methods", "joint", "--jobs", "1", "--quiet", "--out", "out")
+    assert say(*words).code == 0
+    Path("out/joint/seed0/result.json").write_text("{")
+    said = say(*words, "--resume")
+    assert said.code == 2 and "joint/seed0/result.json cannot be read as JSON" in said.err
+    assert "Delete out/joint/seed0 and repeat with --resume" in said.err
+    shutil.rmtree("out/joint/seed0")
+    assert say(*words, "--resume").code == 0
