@@ -88,7 +88,7 @@ class Interrupted(KeyboardInterrupt):
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """Say what exists instead of `name`: the nearest names first, else all of them; ends with a full stop."""
-    names = list(known)
+    names = list(dict.fromkeys(known))
     close = get_close_matches(name, names, n=3, cutoff=0.5)
     if close:
         return "Nearest: " + ", ".join(repr(n) for n in close) + "."
