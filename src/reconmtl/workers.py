@@ -237,16 +237,16 @@ class Ray:
             import ray
         except ModuleNotFoundError:
             raise ConfigError('The engine "ray" needs Ray: pip install "reconmtl[ray]"') from None
-        self._ray = ray
+        self._ray: Any = ray  # whether it is installed, and so typed, must not matter to the type checker
         try:
-            ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False)
+            self._ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False)
         except (ConnectionError, RuntimeError, ValueError) as error:
             raise ConfigError(f"No Ray cluster at {address!r}: {error}") from None
-        has = ray.cluster_resources()  # type: ignore[no-untyped-call]
+        has = self._ray.cluster_resources()
         gpus = int(has.get("GPU", 0))
         self.slots = max(1, min(jobs or 2**31, gpus or int(has.get("CPU", 1))))
         # A training that was killed is reported; doing it again would most likely end alike.
-        self._do = ray.remote(num_cpus=1, num_gpus=1 if gpus else 0, max_retries=0)(_there)
+        self._do = self._ray.remote(num_cpus=1, num_gpus=1 if gpus else 0, max_retries=0)(_there)
 
     def submit(self, slot: int, job: Job) -> Future[None]:  # noqa: ARG002 the cluster finds a place
         """Hand a job to the cluster."""
