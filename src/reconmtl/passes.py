@@ -511,8 +511,8 @@ def mark_absent(layout: Layout, gram: Tensor) -> None:
 
 
 def _putting(k: int, grad: Tensor) -> Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]]:
-    """A hook that makes a gradient the k-th of those which a node is given."""
-    return lambda grads: (*grads[:k], grad, *grads[k + 1 :])
+    """A hook that adds a gradient to the k-th which a node is given: another start of the pass may lead there too."""
+    return lambda grads: (*grads[:k], grad if grads[k] is None else grads[k] + grad, *grads[k + 1 :])
 
 
 def _taking(k: int, into: dict[tuple[Node, int], Tensor], node: Node) -> Callable[[tuple[Tensor, ...]], None]:

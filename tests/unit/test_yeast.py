@@ -1,6 +1,7 @@
 """Yeast: what is read and refused, and that its problem is in order."""
 
 import gzip
+import importlib.util
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from reconmtl.errors import DataError, ProblemError
 from reconmtl.problems import yeast
 
 
+@pytest.mark.skipif(importlib.util.find_spec("river") is None, reason="needs the extra yeast")
 def test_the_data_is_that_of_the_literature() -> None:
     problem = yeast.make(width=4)
     assert (len(problem.train), len(problem.test), len(problem.tasks)) == (1500, 917, 14)
