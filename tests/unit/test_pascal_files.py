@@ -11,15 +11,11 @@ from PIL import Image
 from scipy.io import savemat
 
 from reconmtl.boundaries import label_edges
-from reconmtl.errors import DataError, ProblemError
-from reconmtl.evaluation import Machine
-from reconmtl.faults import check
-from reconmtl.problems import pascal_context
+from reconmtl.errors import DataError
 from reconmtl.problems.dense_files import mirrored
-from reconmtl.problems.pascal_files import PARTS, TASKS, TRUSTED, PascalFolder, fitted, prepared, read_maps
+from reconmtl.problems.pascal_files import PARTS, TRUSTED, PascalFolder, fitted, prepared, read_maps
 from reconmtl.problems.rooms import CLASSES, draw
 from reconmtl.problems.rooms_files import CONTEXT, VOC, write_pascal_folder
-from reconmtl.train import fit
 
 COUNTS = {"train": 6, "val": 4}
 SIZE = (48, 64)
@@ -168,21 +164,3 @@ def test_all_faults_are_listed_at_once_and_images_must_fit(root: Path) -> None:
 def test_other_counts_than_the_published_ones_are_a_warning(written: Path) -> None:
     with pytest.warns(UserWarning, match="4 images, published are 5105"):
         PascalFolder(written, "val", tasks=["saliency"])
-
-
-@few
-@pytest.mark.slow
-def test_the_problem_passes_its_check_and_trains(written: Path) -> None:
-    problem = pascal_context.make(root=written, width=4, size=64, tasks=TASKS)
-    problem = problem.replace(recipe=problem.recipe.override(batch_size=3))
-    assert not check(problem).faults
-    (run,) = fit(problem, epochs=1, machine=Machine(accelerator="cpu", max_batches=1))
-    assert set(run.metrics) == set(problem.task_names)
-    assert set(run.metrics["edge"]) == {"odsF"}
-
-
-def test_without_a_folder_it_is_said_where_to_get_it() -> None:
-    with pytest.raises(DataError, match=r"--root DIR.*PASCAL_MT"):
-        pascal_context.make()
-    with pytest.raises(ProblemError, match="Nearest: 'saliency'"):
-        pascal_context.make(tasks=["salience"])

@@ -8,7 +8,7 @@ Reference: Liu et al., MTAN, CVPR 2019 (https://github.com/lorenmt/mtan); Shi et
 """
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,12 +17,12 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-from reconmtl.errors import DataError
+from reconmtl.errors import DataError, ProblemError, nearest
 from reconmtl.losses import cross_entropy, depth_l1, normal_cosine
-from reconmtl.problem import Metric, Task
+from reconmtl.problem import Metric, Problem, Recipe, Task
 
 SCALES = (1.0, 1.2, 1.5)
 """Enlargements that are drawn from, each as likely as the others."""
@@ -120,6 +120,52 @@ class DenseFolder:
             raise DataError(f"{path}: {'; '.join(faults)}. Get the file again ({self.layout.source}).")
         tensor = torch.from_numpy(array.astype(np.float32))
         return tensor.movedim(-1, 0) if tensor.ndim == 3 else tensor[None]
+
+
+def make_problem(
+    layout: Layout,
+    *,
+    root: str | Path | None,
+    network: str,
+    networks: Mapping[str, Callable[..., nn.Module]],
+    width: int,
+    tasks: Sequence[str],
+    known: Mapping[str, Callable[[], Task]],
+    recipe: Recipe,
+    paper: bool,
+) -> Problem:
+    """A problem on one of these data sets; single tasks are learned by SegNets, as the paper's rows are.
+
+    Args:
+        layout: Of the data set.
+        root: Its folder.
+        network: Which of `networks`.
+        networks: {name: function (width, tasks) -> network}, "segnet" among them.
+        width: Channels of the network's first stage.
+        tasks: Which of `known`.
+        known: {name: function without arguments that makes the task}.
+        recipe: How to train.
+        paper: Augment as the published code does, see the top of the file.
+
+    Raises:
+        DataError: If the folder is missing or odd; all faults are listed.
+        ProblemError: If the network or a task is unknown.
+        MissingExtraError: If torchmetrics is not installed.
+    """
+    faults = [] if network in networks else [f"Unknown network {network!r}. {nearest(network, networks)}"]
+    faults += [f"{layout.name} has no task {t!r}. {nearest(t, known)}" for t in tasks if t not in known]
+    if faults:
+        raise ProblemError(" ".join(faults))
+    folder = located(root, layout)
+    return Problem(
+        model=partial(networks[network], width=width, tasks=tuple(tasks)),
+        single=lambda task: networks["segnet"](width=width, tasks=[task]),
+        tasks=[known[t]() for t in tasks],
+        train=DenseFolder(folder, "train", layout=layout, tasks=tasks, augment=True, paper=paper),
+        test=DenseFolder(folder, "val", layout=layout, tasks=tasks),
+        recipe=recipe,
+        name=layout.name,
+    )
 
 
 def located(root: str | Path | None, layout: Layout) -> Path:

@@ -8,10 +8,9 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from reconmtl.errors import ProblemError, nearest
 from reconmtl.networks import mtan, segnet
 from reconmtl.problem import Problem, Recipe, Task
-from reconmtl.problems.dense_files import DenseFolder, Kind, Layout, depth, located, normals, segmentation
+from reconmtl.problems.dense_files import Kind, Layout, depth, make_problem, normals, segmentation
 from reconmtl.settings import Preset
 
 LAYOUT = Layout(
@@ -74,26 +73,22 @@ def make(
 
     Raises:
         DataError: If the folder is missing or odd; all faults are listed.
-        ProblemError: If the network is unknown.
+        ProblemError: If the network or a task is unknown.
         MissingExtraError: If torchmetrics is not installed.
     """
-    if network not in NETWORKS:
-        raise ProblemError(f"Unknown network {network!r}. {nearest(network, NETWORKS)}")
     known: dict[str, Callable[[], Task]] = {
         "semantic": partial(segmentation, 13),
         "depth": depth,
         "normal": partial(normals, paper=paper),
     }
-    unknown = [t for t in tasks if t not in known]
-    if unknown:
-        raise ProblemError(" ".join(f"NYUv2 has no task {t!r}. {nearest(t, known)}" for t in unknown))
-    folder = located(root, LAYOUT)
-    return Problem(
-        model=partial(NETWORKS[network], width=width, tasks=tuple(tasks)),
-        single=lambda task: segnet.nyuv2(width=width, tasks=[task]),
-        tasks=[known[t]() for t in tasks],
-        train=DenseFolder(folder, "train", layout=LAYOUT, tasks=tasks, augment=True, paper=paper),
-        test=DenseFolder(folder, "val", layout=LAYOUT, tasks=tasks),
+    return make_problem(
+        LAYOUT,
+        root=root,
+        network=network,
+        networks=NETWORKS,
+        width=width,
+        tasks=tasks,
+        known=known,
         recipe=Recipe(epochs=200, batch_size=2, optimizer="adam", lr=1e-4, milestones=(100,), gamma=0.5),
-        name="nyuv2",
+        paper=paper,
     )

@@ -1,0 +1,24 @@
+"""Controls: how many layers, parameters and operations each has, on the network of the demonstration."""
+
+from pathlib import Path
+
+from reconmtl.paper import controls
+from reconmtl.paper.trainings import Setup
+
+
+def test_controls_cost_what_they_say(tmp_path: Path) -> None:
+    setup = Setup.of("multifashion", "mini", tmp_path, smoke=True)
+    log = setup.probe(0)
+    recon = controls.WAYS["recon"](setup, log, 0)
+    budget = sum(log.sizes[n] for n in recon.layers)
+    assert len(recon.layers) == 25
+    assert sum(log.sizes[n] for n in controls.random_parameters(exceed=False)(setup, log, 0).layers) <= budget
+    assert sum(log.sizes[n] for n in controls.random_parameters(exceed=True)(setup, log, 0).layers) > budget
+    assert len(controls.random_layers(setup, log, 0).layers) == len(controls.smallest(setup, log, 0).layers) == 25
+    both = set(controls.least_conflicts(setup, log, 0).layers) & set(recon.layers)
+    assert len(both) == 2 * 25 - len(log.layers)  # as few as can be
+    split = controls.network_cost(setup, plan=recon)
+    for measure in (controls.parameters, controls.operations):
+        width = controls.as_wide_as(measure)(setup, log)
+        wider, narrower = (measure(controls.network_cost(setup, width=w)) for w in (width, width - 1))
+        assert narrower < measure(split) <= wider
