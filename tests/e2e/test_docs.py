@@ -1,8 +1,10 @@
 """Every block of the documentation runs, in order, and prints what the page says."""
 
 import doctest
+import os
 import re
 import shlex
+import subprocess
 import sys
 import types
 from pathlib import Path
@@ -63,6 +65,7 @@ def test_code_blocks_run(
     boards: dict[str, list[Board]],
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    text = (DOCS / page).read_text(encoding="utf-8")
     names: dict[str, Any] = {"__name__": f"docs.{page}"}
     printed = None
     with torch.random.fork_rng():
@@ -70,6 +73,8 @@ def test_code_blocks_run(
             file = re.match(r"# (\w+\.\w+)\n", code)
             if file is not None:
                 Path(file[1]).write_text(code)
+            if file is not None and re.search(rf"^\$ torchrun .*{file[1]}$", text, re.MULTILINE):
+                continue  # runs when the page starts its processes
             if kind == "python":
                 exec(compile(code, page, "exec"), names)
                 printed = capsys.readouterr().out
@@ -90,11 +95,42 @@ def _session(page: str, code: str, capsys: pytest.CaptureFixture[str]) -> None:
     flags = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
     for command, wanted in re.findall(r"^\$ (.*)\n((?:(?!\$ ).*\n)*)", code, re.MULTILINE):
         program, *words = shlex.split(command)
+        if program == "torchrun":
+            _together(words[-1])
+            continue
         assert program == "reconmtl"
         ended = main(words)
         captured = capsys.readouterr()
         said = captured.out + captured.err + (f"[exit code {ended}]\n" if ended else "")
         assert doctest.OutputChecker().check_output(wanted, said, flags), f"{page}: {command}\n{said}"
+
+
+def _together(script: str, size: int = 2) -> None:
+    """What torchrun does, but for its rendezvous over the machine's name: that the tests of `torchrun` itself need."""
+    code = (
+        "import functools, os, runpy, sys, torch.distributed as dist\n"
+        "rank, size = int(os.environ['RANK']), int(os.environ['WORLD_SIZE'])\n"
+        f"dist.init_process_group = functools.partial(dist.init_process_group, init_method='file://{Path.cwd()}/store',\n"
+        "                                            rank=rank, world_size=size)\n"
+        "runpy.run_path(sys.argv[1], run_name='__main__')\n"
+        "os._exit(0)\n"  # gloo's threads may still run, and abort an orderly end
+    )
+    shared = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "WORLD_SIZE": str(size)}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, script],
+            env={**shared, "RANK": str(r), "LOCAL_RANK": str(r)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for r in range(size)
+    ]
+    try:
+        said = [p.communicate(timeout=200)[1] for p in processes]
+    finally:
+        for p in processes:
+            p.kill()
+    assert all(p.returncode == 0 for p in processes), "\n".join(s[-3000:] for s in said)
 
 
 @pytest.mark.parametrize("page", PAGES)
