@@ -15,10 +15,11 @@ def setup(tmp_path_factory: pytest.TempPathFactory) -> Setup:
 
 
 def test_a_finished_training_is_read_and_one_that_cannot_be_is_named(setup: Setup) -> None:
-    of = (Training(name="joint"), Training(name="recon", choose=controls.recon()), Training(name="x", lacks="no x yet"))
+    unknown = Training(name="x", balancer="no-such")
+    of = (Training(name="joint"), Training(name="recon", choose=controls.recon()), unknown)
     said: list[str] = []
     lacking = run_all(setup, of, (0,), said.append)
-    assert [(n, s) for n, s, _ in lacking] == [("x", 0)] and "no x yet" in lacking[0][2]
+    assert [(n, s) for n, s, _ in lacking] == [("x (no-such)", 0)] and "no-such" in lacking[0][2]
     assert len(said) == 3
     run_all(setup, of, (0,), said.append)
     assert len(said) == 4  # only what is missing is said again

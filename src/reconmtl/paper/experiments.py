@@ -3,24 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 
 from reconmtl.errors import UnknownNameError, nearest
 from reconmtl.paper import conflicts, controls, distances, iterations, tables
-from reconmtl.paper.trainings import PRESETS, Scale, Setup, Training, run_all
-
-
-@dataclass(frozen=True, kw_only=True)
-class Place:
-    """Where an experiment runs at a scale: a problem, and its network if it has several."""
-
-    problem: str
-    network: str | None = None
-
-    def setup(self, scale: Scale, out: Path, *, smoke: bool = False, accelerator: str = "auto") -> Setup:
-        """The problem as the experiment needs it."""
-        return Setup.of(self.problem, scale, out, smoke=smoke, accelerator=accelerator, network=self.network)
+from reconmtl.paper.trainings import PRESETS, Place, Scale, Setup, Training, run_all
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +20,7 @@ class Experiment:
         title: What it asks.
         places: Scale -> where it runs.
         trainings: What is trained, most telling first.
+        rows: The paper's name of a row -> its training; empty where the rows are not the paper's.
         probes: What is recorded besides: (setup, seed) -> anything; each is resumable.
         show: (setup, seeds) -> Markdown.
     """
@@ -38,6 +28,7 @@ class Experiment:
     title: str
     places: Mapping[Scale, Place]
     trainings: Sequence[Training] = ()
+    rows: Mapping[str, Training] = field(default_factory=dict)
     probes: Callable[[Setup, int], object] | None = None
     show: Callable[[Setup, Sequence[int]], str]
 
@@ -64,7 +55,7 @@ class Experiment:
 MULTIFASHION: Mapping[Scale, Place] = {"mini": Place(problem="multifashion"), "full": Place(problem="multifashion")}
 CELEBA: Mapping[Scale, Place] = {"mini": Place(problem="celeba"), "full": Place(problem="celeba")}
 CITYSCAPES: Mapping[Scale, Place] = {
-    "mini": Place(problem="scenes", network="segnet"),
+    "mini": Place(problem="scenes", network="segnet", tasks=("semantic", "depth")),
     "full": Place(problem="cityscapes", network="segnet"),
 }
 NYUV2: Mapping[Scale, Place] = {
@@ -80,19 +71,27 @@ NYUV2_SEGNET: Mapping[Scale, Place] = {
     "full": Place(problem="nyuv2", network="segnet"),
 }
 CITYSCAPES_MTAN: Mapping[Scale, Place] = {
-    "mini": Place(problem="scenes", network="mtan"),
+    "mini": Place(problem="scenes", network="mtan", tasks=("semantic", "depth")),
     "full": Place(problem="cityscapes", network="mtan"),
 }
 
 
 def _results(
-    table: str, title: str, places: Mapping[Scale, Place], *, cagrad: float, others: Sequence[str] = ()
+    table: str,
+    title: str,
+    places: Mapping[Scale, Place],
+    *,
+    cagrad: float,
+    others: Mapping[str, Training] = MappingProxyType({}),
+    elsewhere: Mapping[Scale, Place] | None = None,
 ) -> Experiment:
-    of = tables.rows(cagrad=cagrad, others=others)
+    found = None if elsewhere is None else tables.found_in(elsewhere)
+    of = tables.rows(cagrad=cagrad, others=others, elsewhere=found)
     return Experiment(
         title=title,
         places=places,
         trainings=tuple(of.values()),
+        rows=of,
         show=lambda setup, seeds: tables.show(setup, of, table, seeds),
     )
 
@@ -142,13 +141,14 @@ _STAGES = tables.stages()
 
 EXPERIMENTS: Mapping[str, Experiment] = {
     "t1": _results("t1", "Methods with and without Recon, Multi-Fashion+MNIST", MULTIFASHION, cagrad=0.2,
-                   others=("RotoGrad", "BMTAS", "MMoE", "MMoE w/ Recon")),
+                   others=tables.others("rotograd", "bmtas", "mmoe", recon_too=("mmoe",))),
     "t2": _results("t2", "Methods with and without Recon, CelebA", CELEBA, cagrad=0.1),
     "t3": _results("t3", "Methods with and without Recon, CityScapes", CITYSCAPES, cagrad=0.2,
-                   others=("Cross-Stitch", "RotoGrad")),
+                   others=tables.others("cross-stitch", "rotograd:m=1024")),
     "t4": _results("t4", "Methods with and without Recon, PASCAL-Context", PASCAL, cagrad=0.1,
-                   others=("BMTAS", "BMTAS w/ Recon")),
-    "t5": _results("t5", "Methods with and without Recon, NYUv2", NYUV2, cagrad=0.4, others=("Cross-Stitch",)),
+                   others=tables.others("bmtas:resource_weight=0.1", recon_too=("bmtas:resource_weight=0.1",))),
+    "t5": _results("t5", "Methods with and without Recon, NYUv2", NYUV2, cagrad=0.4,
+                   others=tables.others("cross-stitch", network="segnet")),  # told by its size
     "t6": _distribution("t6", "How gradients conflict, Multi-Fashion+MNIST", MULTIFASHION, cagrad=0.2),
     "t7": _selection("t7", "Recon and random layers, as published and fair", {
         "RSL": "random layers (shared statistics)", "RSP": "random parameters, exceeding (shared statistics)",
@@ -162,12 +162,14 @@ EXPERIMENTS: Mapping[str, Experiment] = {
     "t12": Experiment(title="Do stages of training give the same ranking?", places=MULTIFASHION,
                       probes=distances.of_stages, show=distances.show_stages),
     "t13": Experiment(title="Layers found in different stages of training, CityScapes", places=CITYSCAPES,
-                      trainings=tuple(_STAGES.values()),
+                      trainings=tuple(_STAGES.values()), rows=_STAGES,
                       show=lambda setup, seeds: tables.show(setup, _STAGES, "t13", seeds)),
     "t14": Experiment(title="Do methods give the same ranking?", places=MULTIFASHION,
                       probes=distances.of_methods, show=distances.show_methods),
-    "t15": _results("t15", "NYUv2 on SegNet", NYUV2_SEGNET, cagrad=0.4),
-    "t16": _results("t16", "CityScapes on MTAN", CITYSCAPES_MTAN, cagrad=0.2),
+    "t15": _results("t15", "NYUv2 on SegNet; Recon* takes the layers found on CityScapes", NYUV2_SEGNET, cagrad=0.4,
+                    elsewhere=CITYSCAPES),
+    "t16": _results("t16", "CityScapes on MTAN; Recon* takes the layers found on NYUv2", CITYSCAPES_MTAN, cagrad=0.2,
+                    elsewhere=NYUV2),
     "f1": _distribution("t6", "How gradients conflict before Recon, Multi-Fashion+MNIST", MULTIFASHION, cagrad=0.2,
                         before=True),
     "f3": _controls("How many layers (K), and how severe (S)?", controls.FIGURE_3),
@@ -203,21 +205,19 @@ def page(name: str, setup: Setup, seeds: Sequence[int]) -> str:
     experiment = find(name)
     d = setup.decided
     options = "".join(f"{k} {v}, " for k, v in d.options.items())
-    told = [
+    told = (
         f"{d.problem}, {options}{d.epochs} epochs ({d.probe_epochs} probed), batch {d.batch_size}, K = {d.k}, "
-        f"S = {d.severity:g}; runs are in {setup.folder}.",
-        *(f"Missing: {t.name}: {why}." for t in experiment.trainings if (why := t.missing()) is not None),
-    ]
-    return "\n\n".join([f"## {name}: {experiment.title}", *told, experiment.show(setup, seeds)])
+        f"S = {d.severity:g}; runs are in {setup.folder}."
+    )
+    return "\n\n".join([f"## {name}: {experiment.title}", told, experiment.show(setup, seeds)])
 
 
 def listed() -> list[dict[str, object]]:
-    """What `reconmtl paper ls` prints: every experiment, its scales, and what cannot be trained yet."""
+    """What `reconmtl paper ls` prints: every experiment and its scales."""
     found: list[dict[str, object]] = []
     for name, e in EXPERIMENTS.items():
         scales = [s for s, place in e.places.items() if s in PRESETS.get(place.problem, {})]
-        lacking = sorted({t.name for t in e.trainings if t.missing() is not None})
-        found.append({"name": name, "title": e.title, "scales": scales, "missing": lacking})
+        found.append({"name": name, "title": e.title, "scales": scales})
     return found
 
 
@@ -225,11 +225,9 @@ def overview(found: Sequence[Mapping[str, object]]) -> str:
     """`listed` as lines of text."""
     lines = []
     for e in found:
-        scales, lacking = e["scales"], e["missing"]
+        scales = e["scales"]
         assert isinstance(scales, list)
-        assert isinstance(lacking, list)
-        lines.append(f"{e['name']:10}{e['title']} ({', '.join(scales) or 'no scale yet'})")
-        lines += [f"{'':10}missing: {', '.join(lacking)}"] if lacking else []
+        lines.append(f"{e['name']:10}{e['title']} ({', '.join(scales)})")
     return "\n".join(lines)
 
 

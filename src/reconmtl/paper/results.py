@@ -29,7 +29,7 @@ def pages(out: Path) -> list[str]:
             done = [t for t in experiment.trainings if any(t.finished(setup, s) is not None for s in seeds)]
             if len(done) >= min(ENOUGH, len(experiment.trainings)) and done:
                 text = page(name, setup, seeds)
-                left = [t.row for t in experiment.trainings if t not in done and t.missing() is None]
+                left = [t.row for t in experiment.trainings if t not in done]
                 found.append(text + (f"\n\nNot trained yet: {', '.join(left)}." if left else ""))
     return found
 

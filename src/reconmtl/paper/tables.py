@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 
+from reconmtl.architectures import ARCHITECTURES
 from reconmtl.comparing import Comparison, Row, compare
 from reconmtl.conflicts import ConflictLog
 from reconmtl.errors import ReconError
 from reconmtl.formats import grid
 from reconmtl.paper.controls import half, recon
 from reconmtl.paper.published import SINGLE, results
-from reconmtl.paper.rankings import QUARTERS, quarters
-from reconmtl.paper.trainings import Choice, Setup, Training
+from reconmtl.paper.rankings import QUARTERS, quarters, transferred
+from reconmtl.paper.trainings import Choice, Place, Scale, Setup, Training
 from reconmtl.plan import Plan
 from reconmtl.runs import Run
 
@@ -20,12 +22,50 @@ BALANCED = {"MGDA": "mgda", "PCGrad": "pcgrad", "GradDrop": "graddrop", "CAGrad"
 """Gradient methods of the paper's tables, and the library's names of them."""
 
 
-def rows(*, cagrad: float, others: Sequence[str] = (), record: int = 0) -> dict[str, Training]:
+def others(*methods: str, recon_too: Sequence[str] = (), **options: object) -> dict[str, Training]:
+    """Rows of methods with a network of their own.
+
+    Args:
+        methods: As `fit` names them, "rotograd:m=1024" say.
+        recon_too: Those that the table has with Recon too.
+        options: Of the problem, where they differ from the other rows'.
+    """
+    found = {}
+    for method in methods:
+        label = ARCHITECTURES[method.partition(":")[0]].label
+        found[label] = Training(name=label, method=method, options=options)
+        if method in recon_too:
+            found[f"{label} w/ Recon"] = Training(
+                name=f"{label} with recon", method=method, options=options, choose=recon()
+            )
+    return found
+
+
+def found_in(places: Mapping[Scale, Place]) -> Choice:
+    """The layers that Recon finds on another data set with the same network (Recon* of Tables 15 and 16)."""
+
+    def choose(setup: Setup, log: ConflictLog, seed: int) -> Plan:
+        there = places[setup.scale].setup(
+            setup.scale, setup.folder.parent, smoke=setup.smoke, accelerator=setup.accelerator
+        )
+        return transferred(recon()(there, there.probe(seed), seed), log)
+
+    return choose
+
+
+def rows(
+    *,
+    cagrad: float,
+    others: Mapping[str, Training] = MappingProxyType({}),
+    elsewhere: Choice | None = None,
+    record: int = 0,
+) -> dict[str, Training]:
     """The rows of a table of results: each method without and with Recon.
 
     Args:
         cagrad: The paper's alpha on this data set.
-        others: Methods that the table has besides; they need trainings of their own kind and are named as missing.
+        others: Rows that the table has besides.
+        elsewhere: How the layers of rows with Recon* are chosen; None where the table has none.
         record: Record one of so many steps.
     """
     found = {
@@ -37,9 +77,11 @@ def rows(*, cagrad: float, others: Sequence[str] = (), record: int = 0) -> dict[
         spec = f"{balancer}:c={cagrad:g}" if balancer == "cagrad" else balancer
         found[label] = Training(name="joint", balancer=spec, record=record)
         found[f"{label} w/ Recon"] = Training(name="recon", choose=recon(), balancer=spec, record=record)
-    for label in others:
-        found[label] = Training(name=label, lacks="it needs a training of its own, which there is not yet")
-    return found
+    if elsewhere is not None:
+        for label in ("Joint-train", *BALANCED):
+            spec = found[label].balancer
+            found[f"{label} w/ Recon*"] = Training(name="recon found elsewhere", choose=elsewhere, balancer=spec)
+    return {**found, **others}
 
 
 def stage(name: str) -> Choice:
@@ -106,7 +148,7 @@ def beside(comparison: Comparison, table: str) -> list[Beside]:
     ours = {r.label: r.delta_m.mean for r in comparison.rows if r.delta_m is not None}
 
     def gain(of: Mapping[str, float], label: str) -> float | None:
-        base = label.removesuffix(" w/ Recon")
+        base = label.removesuffix("*").removesuffix(" w/ Recon")
         return of[label] - of[base] if base != label and base in of and label in of else None
 
     return [Beside(r, printed.get(r.label), gain(ours, r.label), gain(printed, r.label)) for r in comparison.rows]

@@ -6,14 +6,14 @@ Experiments name trainings, not folders: the joint training of one experiment is
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-from reconmtl.balance import check_balancer
+from reconmtl.architectures import way
 from reconmtl.choices import Decided, decide, load_problem
 from reconmtl.conflicts import ConflictLog
-from reconmtl.errors import ReconError, RunError, UnknownNameError, nearest
+from reconmtl.errors import ReconError, UnknownNameError, nearest
 from reconmtl.evaluation import Machine
 from reconmtl.plan import Plan
 from reconmtl.problem import Problem
@@ -42,12 +42,14 @@ class Setup:
     Attributes:
         decided: Everything the trainings depend on but for method, plan and seed.
         folder: Of the probes and trainings.
+        scale: Which of the problem's presets it is.
         smoke: Two small batches of everything.
         accelerator: As Lightning Fabric names them.
     """
 
     decided: Decided
     folder: Path
+    scale: Scale = "mini"
     smoke: bool = False
     accelerator: str = "auto"
 
@@ -62,6 +64,7 @@ class Setup:
         accelerator: str = "auto",
         epochs: int | None = None,
         network: str | None = None,
+        tasks: tuple[str, ...] | None = None,
         width: int | None = None,
     ) -> Setup:
         """The problem with the preset that stands for the scale.
@@ -79,16 +82,18 @@ class Setup:
             accelerator=accelerator,
             epochs=epochs,
             network=network,
+            tasks=tasks,
             width=width,
         )
-        parts = [scale, problem, *([network] if network else []), *([f"width-{width}"] if width else [])]
+        parts = [scale, problem, *([network] if network else []), *(tasks or [])]
+        parts += [f"width-{width}"] if width else []
         name = "-".join([*parts, *([f"{epochs}-epochs"] if epochs else [])])
-        return cls(decided=decide(settings), folder=out / name, smoke=smoke, accelerator=accelerator)
+        return cls(decided=decide(settings), folder=out / name, scale=scale, smoke=smoke, accelerator=accelerator)
 
-    def problem(self, width: int | None = None) -> Problem:
-        """The problem, with a network of another width if one is given."""
-        options = self.decided.options | ({} if width is None else {"width": width})
-        return load_problem(replace(self.decided, options=options))
+    def problem(self, width: int | None = None, **options: object) -> Problem:
+        """The problem, with a network of another width if one is given, or with other options."""
+        given = options | ({} if width is None else {"width": width})
+        return load_problem(replace(self.decided, options=self.decided.options | given))
 
     def machine(self) -> Machine:
         """Where it runs."""
@@ -96,21 +101,52 @@ class Setup:
             accelerator=self.accelerator, precision=self.decided.precision, max_batches=self.decided.max_batches
         )
 
-    def probe(self, seed: int, *, balancer: str = "joint", epochs: int | None = None) -> ConflictLog:
-        """The log of a probe under a seed; one that is finished is read."""
+    def probe(
+        self, seed: int, *, method: str = "joint", balancer: str = "joint", epochs: int | None = None
+    ) -> ConflictLog:
+        """The log of a probe under a seed; one that is finished is read.
+
+        Args:
+            seed: Of the probe.
+            method: Whose network is probed.
+            balancer: How the shared gradient is formed meanwhile.
+            epochs: Length; the setup's if it is not given.
+        """
         length = self.decided.probe_epochs if epochs is None else epochs
         machine = self.machine()
         if self.smoke:
             machine = replace(machine, max_batches=4)  # a recording has quarters
-        name = f"{balancer_slug(balancer)}-{length}-epochs"
+        network = [] if method == "joint" else [slug(method)]
+        name = "-".join([*network, balancer_slug(balancer), f"{length}-epochs"])
         return probe(
-            self.problem(),
+            way(method).change(self.problem()),
             epochs=length,
             balancer=balancer,
             seed=seed,
             out=self.folder / "probes" / name / f"seed{seed}",
             resume=True,
             machine=machine,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where an experiment runs at a scale: a problem, its network if it has several, and tasks if not all."""
+
+    problem: str
+    network: str | None = None
+    tasks: tuple[str, ...] | None = None
+
+    def setup(self, scale: Scale, out: Path, *, smoke: bool = False, accelerator: str = "auto") -> Setup:
+        """The problem as the experiment needs it."""
+        return Setup.of(
+            self.problem,
+            scale,
+            out,
+            smoke=smoke,
+            accelerator=accelerator,
+            network=self.network,
+            tasks=self.tasks,
         )
 
 
@@ -124,23 +160,23 @@ class Training:
 
     Attributes:
         name: Row label, and name of its folder.
-        method: "joint" or "single".
+        method: "joint", "single", or an architecture with its parameters, see `reconmtl.architectures`.
+        options: Of the problem, where they differ from the setup's.
         choose: Layers to split; None for none.
         balancer: How the shared gradient is formed.
         norm_stats: Running statistics of shared BatchNorms behind a split.
         width: Of the network; None for the setup's. A function finds it from the setup and the log.
         record: Record one of so many steps; 0 for none.
-        lacks: What would have to exist for it to be trained; it is named as missing.
     """
 
     name: str
-    method: Literal["joint", "single"] = "joint"
+    method: str = "joint"
+    options: Mapping[str, object] = field(default_factory=dict)
     choose: Choice | None = None
     balancer: str = "joint"
     norm_stats: Literal["per-task", "shared"] = "per-task"
     width: Callable[[Setup, ConflictLog], int] | None = None
     record: int = 0
-    lacks: str = ""
 
     @property
     def row(self) -> str:
@@ -156,9 +192,10 @@ class Training:
         parts += [f"record-{self.record}"] if self.record else []
         return setup.folder / "-".join(slug(p) for p in parts)
 
-    def missing(self) -> str | None:
-        """What this training needs that there is not; None if nothing."""
-        return self.lacks or ("; ".join(check_balancer(self.balancer)) or None)
+    def log(self, setup: Setup, seed: int) -> ConflictLog:
+        """What its layers are chosen by: of the joint network, or of its own if that has other layers."""
+        own = (found := way(self.method).architecture) is not None and found.own_layers
+        return setup.probe(seed, method=self.method if own else "joint")
 
     def finished(self, setup: Setup, seed: int) -> Run | None:
         """Its run under a seed, if there is one."""
@@ -173,13 +210,11 @@ class Training:
         """
         if (done := self.finished(setup, seed)) is not None:
             return done
-        if (missing := self.missing()) is not None:
-            raise RunError(f"{self.name}: {missing}.")
-        log = setup.probe(seed) if self.choose is not None or self.width is not None else None
+        log = self.log(setup, seed) if self.choose is not None or self.width is not None else None
         plan = None if self.choose is None or log is None else self.choose(setup, log, seed)
         width = None if self.width is None or log is None else self.width(setup, log)
         (run,) = fit(
-            setup.problem(width),
+            setup.problem(width, **self.options),
             method=self.method,
             plan=plan,
             balancer=None if self.method == "single" else self.balancer,
