@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -34,7 +35,8 @@ class Architecture:
         label: As tables call it.
         change: (problem, **parameters) -> the problem with its network.
         own_layers: Its layers have other names than the joint network's, so conflicts are searched on it.
-        find: (problem, seed, machine, **parameters) -> a plan to be trained; None if there is nothing to be found.
+        find: (problem, seed, machine, checkpoint, **parameters) -> a plan to be trained, None if nothing was found;
+            `checkpoint` is a file for the state of the search, or None.
         balancer: (model, tasks, **parameters) -> what makes its updates; None if that is free.
     """
 
@@ -70,12 +72,20 @@ def _bmtas(problem: Problem, *, epochs: int = 0, resource_weight: float = 1.0) -
 
 
 def _find_tree(
-    problem: Problem, seed: int, machine: Machine, *, epochs: int = 0, resource_weight: float = 1.0
+    problem: Problem,
+    seed: int,
+    machine: Machine,
+    checkpoint: Path | None,
+    *,
+    epochs: int = 0,
+    resource_weight: float = 1.0,
 ) -> Plan | None:
     """Search as long as the paper does, five sixths of the training, if no length is given."""
     length = epochs or max(1, round(problem.recipe.epochs * 5 / 6))
-    plan = search(problem, epochs=length, resource_weight=resource_weight, seed=seed, machine=machine).plan
-    return plan if plan.layers else None
+    tree = search(
+        problem, epochs=length, resource_weight=resource_weight, seed=seed, machine=machine, checkpoint=checkpoint
+    )
+    return tree.plan if tree.plan.layers else None
 
 
 def _rotograd(problem: Problem, *, m: int = 100, scale: bool = True, lr: float = 0.0) -> Problem:
@@ -148,11 +158,13 @@ class Way:
         """The problem with the method's network."""
         return problem if self.architecture is None else self.architecture.change(problem, **self.parameters)
 
-    def find(self, problem: Problem, plan: Plan | None, seed: int, machine: Machine) -> Plan | None:
-        """What a search adds to a plan: a tree, refined by the plan."""
+    def find(
+        self, problem: Problem, plan: Plan | None, seed: int, machine: Machine, checkpoint: Path | None = None
+    ) -> Plan | None:
+        """What a search adds to a plan: a tree, refined by the plan. A search that was stopped goes on."""
         if self.architecture is None or self.architecture.find is None:
             return plan
-        tree: Plan | None = self.architecture.find(problem, seed, machine, **self.parameters)
+        tree: Plan | None = self.architecture.find(problem, seed, machine, checkpoint, **self.parameters)
         return tree or plan if tree is None or plan is None else tree.refine(plan)
 
     def at_work(self, model: nn.Module, tasks: tuple[str, ...]) -> object:

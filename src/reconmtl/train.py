@@ -293,27 +293,27 @@ def _fit_seed(asked: _Asked, seed: int, out: Path | None, resume: bool, overwrit
             except ReconError as error:
                 raise RunError(f"{error} Delete {folder} and repeat with --resume to train this seed again.") from None
     label = describe(asked.way.label, plan)
-    plan = _found_plan(asked, seed, folder)
-    job = Job(
-        problem=problem,
-        plan=plan,
-        seed=seed,
-        record=asked.record,
-        machine=asked.machine,
-        description=f"{label} seed {seed}",
-        norm_stats=asked.norm_stats,
-        way=asked.way,
-        init=asked.init,
-        metrics=None if folder is None else folder / "metrics.jsonl",
-        checkpoint=None if folder is None else folder / "last.ckpt",
-        loggers=asked.loggers,
-    )
-    asked.loggers.start(job.description, config, folder)
-    try:
-        with nullcontext() if folder is None else asked_politely():
+    with nullcontext() if folder is None else asked_politely():
+        plan = _found_plan(asked, seed, folder)
+        job = Job(
+            problem=problem,
+            plan=plan,
+            seed=seed,
+            record=asked.record,
+            machine=asked.machine,
+            description=f"{label} seed {seed}",
+            norm_stats=asked.norm_stats,
+            way=asked.way,
+            init=asked.init,
+            metrics=None if folder is None else folder / "metrics.jsonl",
+            checkpoint=None if folder is None else folder / "last.ckpt",
+            loggers=asked.loggers,
+        )
+        asked.loggers.start(job.description, config, folder)
+        try:
             trained = _singles(job) if asked.method == "single" else train(job)
-    finally:
-        asked.loggers.close()
+        finally:
+            asked.loggers.close()
     network = trained.model
     if isinstance(network, SingleTasks):
         network = next(iter(network.networks.values()))
@@ -346,13 +346,16 @@ def _found_plan(asked: _Asked, seed: int, folder: Path | None) -> Plan | None:
         return asked.plan
     ranks = asked.machine.ranks()
     tree = None if folder is None else folder / "tree.json"
+    state = None if folder is None else folder / "search.ckpt"
     if tree is not None and ranks.first(tree.exists):
         found = Plan.load(tree)
     else:
-        searched = asked.way.find(asked.problem, asked.plan, seed, asked.machine)
-        found = searched or Plan(tasks=asked.problem.task_names, layers=[])
+        searched = asked.way.find(asked.problem, asked.plan, seed, asked.machine, state)
+        found = ranks.first(lambda: searched or Plan(tasks=asked.problem.task_names, layers=[]))  # one for all
         if tree is not None:
             ranks.first(lambda: found.save(tree))
+    if state is not None:
+        ranks.first(lambda: state.unlink(missing_ok=True))
     if not found.layers:
         return None
     if folder is not None:

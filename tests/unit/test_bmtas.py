@@ -1,16 +1,19 @@
 """The search for branches: candidates, trees as plans, sizes, and a search that finds what it should."""
 
 import itertools
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from reconmtl.errors import LayerMatchError, ProblemError
+from reconmtl.checkpoints import read_checkpoint
+from reconmtl.errors import LayerMatchError, ProblemError, RunError
 from reconmtl.evaluation import Machine
 from reconmtl.networks import mobilenet_raspp, resnet
-from reconmtl.networks.bmtas import Supernet, operations, search, to_plan
+from reconmtl.networks.bmtas import Supernet, Tree, operations, search, to_plan
 from reconmtl.plan import Plan
 from reconmtl.problem import Metric, Problem, Recipe, Task
 from reconmtl.splitting import cost, split
@@ -132,6 +135,70 @@ def test_a_costly_tree_stays_together_and_a_free_one_serves_opposite_tasks() -> 
     free = search(problem(), epochs=12, resource_weight=0.0, architecture_lr=0.2, machine=machine)
     assert torch.allclose(free.probabilities.sum(2), torch.ones(3, 2))
     assert float(free.groups.sum()) > float(together.groups.sum())
+
+
+class Trembling(Numbers):
+    """Disturbed by the global generator; some samples have no target for task b; stops the search once."""
+
+    def __init__(self, n: int, left: int = 0) -> None:
+        super().__init__(n)
+        self.left = left
+
+    def __getitem__(self, i: int) -> tuple[Tensor, dict[str, Tensor]]:
+        self.left -= 1
+        if self.left == 0:
+            raise KeyboardInterrupt
+        x, targets = super().__getitem__(i)
+        return x + 0.1 * torch.randn(4), targets if i % 4 else {"a": targets["a"]}
+
+
+class Wavering(Chain):
+    """With what has a state or draws while it trains."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.second.append(nn.BatchNorm1d(6))
+        self.second.append(nn.Dropout(0.3))
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_a_search_that_was_killed_ends_as_if_it_had_not_been(precision: str, tmp_path: Path) -> None:
+    machine = Machine(accelerator="cpu", precision=precision, checkpoint_steps=1)
+    options: dict[str, Any] = {"epochs": 4, "resource_weight": 0.1, "architecture_lr": 0.2, "machine": machine}
+
+    def found(left: int, name: str = "state") -> Tree:
+        disturbed = problem().replace(model=Wavering, train=Trembling(60, left))
+        return search(disturbed, checkpoint=tmp_path / name, **options)
+
+    whole = found(0, "whole")
+    spread = whole.probabilities - 0.5
+    assert spread.abs().max() > 0.01  # else nothing could differ
+    for left in (3, 21, 40, 90, 50, 1, 50):  # before the first step, in the warm-up, while the tree is searched
+        with pytest.raises(KeyboardInterrupt):
+            found(left)
+    tree = found(0)
+    assert torch.equal(tree.probabilities, whole.probabilities)
+    assert tree.plan == whole.plan
+    states = [read_checkpoint(tmp_path / name) for name in ("state", "whole")]
+    for (name, mine), other in zip(states[0].model.items(), states[1].model.values(), strict=True):
+        assert torch.equal(mine, other), name
+    with pytest.raises(RunError, match=r"state cannot be continued: it belongs to another search.* Delete this file"):
+        search(problem(), epochs=3, machine=machine, checkpoint=tmp_path / "state")
+    (tmp_path / "state").write_bytes(b"{")
+    with pytest.raises(RunError, match="cannot be read as a checkpoint"):
+        found(0)
+
+
+def test_tasks_with_data_of_their_own_are_searched_too() -> None:
+    own = {
+        t: [(x, targets[t]) for x, targets in map(Numbers(n).__getitem__, range(n))] for t, n in (("a", 60), ("b", 25))
+    }
+    apart = problem().replace(train=own)
+    tree = search(apart, epochs=3, resource_weight=0.0, machine=Machine(accelerator="cpu"))
+    assert torch.allclose(tree.probabilities.sum(2), torch.ones(3, 2))
+    assert not torch.allclose(tree.probabilities, torch.full((3, 2, 2), 0.5))
+    with pytest.raises(ProblemError, match="60 and 4 samples do not make a batch of 16 besides a held-out fifth"):
+        search(problem().replace(train={"a": own["a"], "b": own["b"][:4]}), epochs=1)
 
 
 def test_what_cannot_be_searched_is_refused() -> None:
