@@ -452,7 +452,7 @@ class PaperOptions:
     action: Annotated[Literal["ls", "run", "show"], tyro.conf.Positional, tyro.conf.arg(metavar="{ls,run,show}")]
     """ls lists the experiments, run does what is missing, show prints what there is beside the paper's numbers."""
     names: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="[NAME ...]")] = ()
-    """t1 to t16 and f1 to f11 as in the paper, controls, curves."""
+    """t1 to t16 and f1 to f11 as in the paper, controls, curves, curves-shared."""
     scale: Literal["mini", "full"] = "mini"
     """full is the paper's; mini runs on a laptop's CPU."""
     seeds: Ints = None

@@ -45,6 +45,14 @@ class Paired:
         )
 
     @property
+    def effect(self) -> float:
+        """Effect size: the mean difference in units of the differences' own deviation (Cohen's d_z); NaN without one.
+
+        Reference: Cohen, Statistical Power Analysis for the Behavioral Sciences, 1988, equation 2.3.5.
+        """
+        return self.mean / self.sd if self.sd > 0 else math.nan
+
+    @property
     def smallest(self) -> float:
         """The smallest p that the sign-flip test could have given with so many seeds."""
         return 2.0 ** (1 - self.n)

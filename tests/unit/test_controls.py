@@ -6,6 +6,13 @@ from reconmtl.paper import controls
 from reconmtl.paper.trainings import Setup
 
 
+def test_every_way_to_split_stands_at_both_settings_of_the_statistics() -> None:
+    found = {(t.name, t.norm_stats) for t in controls.CENTRAL if t.choose is not None}
+    assert found == {(way, stats) for way in controls.WAYS for stats in ("per-task", "shared")}
+    rest = {t.name for t in controls.CENTRAL if t.choose is None}
+    assert rest == {"joint", "single", "wider, operations", "wider, parameters"}
+
+
 def test_controls_cost_what_they_say(tmp_path: Path) -> None:
     setup = Setup.of("multifashion", "mini", tmp_path, smoke=True)
     log = setup.probe(0)

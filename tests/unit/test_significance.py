@@ -54,3 +54,15 @@ def test_what_is_not_defined_is_nan() -> None:
     one, odd = Paired.of([3.0]), Paired.of([1.0, math.nan])
     assert (one.mean, one.n, one.p_flip, one.smallest) == (3.0, 1, 1.0, 1.0) and math.isnan(one.sd)
     assert math.isnan(odd.p_flip) and math.isnan(odd.p_t) and math.isnan(odd.sd)
+
+
+@given(st.lists(NUMBERS, min_size=2, max_size=30))
+def test_the_effect_size_is_that_behind_t(differences: list[float]) -> None:
+    if np.ptp(differences) <= 1e-3 * np.abs(differences).max():
+        return
+    t = float(stats.ttest_1samp(differences, 0).statistic)
+    assert Paired.of(differences).effect == pytest.approx(t / math.sqrt(len(differences)), rel=1e-6, abs=1e-9)
+
+
+def test_equal_differences_have_no_effect_size() -> None:
+    assert math.isnan(Paired.of([2.0, 2.0]).effect) and math.isnan(Paired.of([2.0]).effect)

@@ -6,11 +6,12 @@ other sizes. Here every way of choosing stands at both settings of `norm_stats`,
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from statistics import fmean
 
-from reconmtl.comparing import compare
+from reconmtl.comparing import Comparison, Row, Spread, compare
 from reconmtl.conflicts import ConflictLog
 from reconmtl.formats import grid, readable
 from reconmtl.paper.published import load
@@ -121,20 +122,6 @@ def operations(found: Cost) -> float:
     return found.flops
 
 
-def of_k(way: Callable[[ConflictLog, int, int, float], Plan], k: int) -> Choice:
-    """A way of choosing at another K, at most the number of layers.
-
-    Args:
-        way: (log, K, seed, severity) -> plan.
-        k: K.
-    """
-
-    def choose(setup: Setup, log: ConflictLog, seed: int) -> Plan:
-        return way(log, min(k, len(log.layers)), seed, setup.decided.severity)
-
-    return choose
-
-
 WAYS: dict[str, Choice] = {
     "recon": recon(),
     "random layers": random_layers,
@@ -165,14 +152,13 @@ CENTRAL = (
         choose=WAYS["random layers, as many parameters"],
         norm_stats="shared",
     ),
+    Training(name="least conflicts", choose=WAYS["least conflicts"], norm_stats="shared"),
 )
-"""The central question, most telling rows first: whoever stops early has an answer."""
+"""The central question, most telling rows first: whoever stops early has an answer.
 
-CURVES: dict[str, Callable[[ConflictLog, int, int, float], Plan]] = {
-    "recon": lambda log, k, _seed, severity: log.rank(severity=severity).top(k),
-    "random layers": lambda log, k, seed, _severity: Plan.random_layers(log, k, seed=seed),
-    "smallest layers": lambda log, k, _seed, _severity: Plan.smallest(log, k),
-}
+Every way to split stands at both settings of `norm_stats`; an unsplit network has no statistics that tasks could mix.
+"""
+
 KS = (5, 10, 15, 20, 30, 35)
 SEVERITIES = (0.0, -0.02, -0.05, -0.15)
 
@@ -195,11 +181,10 @@ FAIR = (
     Training(name="all norms", choose=norms),
 )
 """Statistics per task, at the same number of layers and of parameters."""
-CURVE = tuple(Training(name=f"{name}, K = {k}", choose=of_k(way, k)) for k in KS for name, way in CURVES.items())
 FIGURE_3 = (
     Training(name="joint"),
     Training(name="joint", balancer="cagrad:c=0.2"),
-    *(Training(name=f"recon, K = {k}", choose=of_k(CURVES["recon"], k), balancer="cagrad:c=0.2") for k in KS),
+    *(Training(name=f"recon, K = {k}", choose=recon(k), balancer="cagrad:c=0.2") for k in KS),
     *(Training(name=f"recon, S = {s:g}", choose=recon(severity=s), balancer="cagrad:c=0.2") for s in SEVERITIES),
 )
 
@@ -214,38 +199,79 @@ def costs(setup: Setup, training: Training, run: Run) -> Cost:
     return network_cost(setup, plan=run.plan, width=width)
 
 
-def show(setup: Setup, trainings: Sequence[Training], seeds: Sequence[int]) -> str:
-    """Markdown: gain over joint training, its price, and a paired test against Recon."""
+@dataclass(frozen=True)
+class Priced:
+    """A row of controls: what it gains over joint training, and what it costs.
+
+    Attributes:
+        row: Of the comparison.
+        megabytes: Parameters beyond the joint network's, mean over seeds.
+        operations: Of a forward, in multiples of the joint network's, mean over seeds.
+    """
+
+    row: Row
+    megabytes: float
+    operations: float
+
+    @property
+    def gain(self) -> float:
+        """Delta-m relative to joint training, in percent."""
+        assert self.row.delta_m is not None  # the joint training is there
+        return self.row.delta_m.mean
+
+
+def priced(setup: Setup, trainings: Sequence[Training], seeds: Sequence[int]) -> tuple[Comparison | None, list[Priced]]:
+    """What is finished, compared with joint training and tested against Recon; None before the joint training."""
     runs: list[Run] = []
-    priced: dict[str, list[Cost]] = {}
+    found: dict[str, list[Cost]] = {}
     for training in (Training(name="joint"), *(t for t in trainings if t.row != "joint")):
         for seed in seeds:
             run = training.finished(setup, seed)
             if run is not None:
                 runs.append(replace(run, label=training.row))
-                priced.setdefault(training.row, []).append(costs(setup, training, run))
-    if "joint" not in priced:
-        return "Nothing is finished yet: the joint training comes first."
-    against = next((name for name in ("recon", "recon (shared statistics)") if name in priced), None)
+                found.setdefault(training.row, []).append(costs(setup, training, run))
+    if "joint" not in found:
+        return None, []
+    against = next((name for name in ("recon", "recon (shared statistics)") if name in found), None)
     comparison = compare(runs, baseline="joint", against=against)
-    base = priced["joint"][0]
+    base = found["joint"][0]
+    return comparison, [
+        Priced(
+            row,
+            fmean(c.megabytes for c in found[row.label]) - base.megabytes,
+            fmean(operations(c) for c in found[row.label]) / operations(base),
+        )
+        for row in comparison.rows
+    ]
+
+
+def show(setup: Setup, trainings: Sequence[Training], seeds: Sequence[int]) -> str:
+    """Markdown: gain over joint training, its price, and a paired test against Recon."""
+    comparison, found = priced(setup, trainings, seeds)
+    if comparison is None:
+        return "Nothing is finished yet: the joint training comes first."
     cells = []
-    for row in comparison.rows:
-        assert row.delta_m is not None  # the joint training is there
-        megabytes = fmean(c.megabytes for c in priced[row.label]) - base.megabytes
-        work = fmean(operations(c) for c in priced[row.label]) / operations(base)
-        gain = row.delta_m.mean
+    for p in found:
+        row, paired = p.row, p.row.paired
+        assert row.delta_m is not None
         cells.append(
             [
                 row.label,
                 *(s.show(2) for s in row.metrics.values()),
                 row.delta_m.show(2, sign=True),
-                f"{megabytes:+.3f}",
-                f"{work:.2f}",
-                "" if megabytes <= 0 else readable(gain / megabytes, digits=1),
-                "" if work <= 1 else readable(gain / (work - 1), digits=1),
-                "" if row.paired is None else f"{row.paired.mean:+.2f}",
-                "" if row.paired is None else f"{row.paired.p_flip:.2g}",
+                f"{p.megabytes:+.3f}",
+                f"{p.operations:.2f}",
+                "" if p.megabytes <= 0 else readable(p.gain / p.megabytes, digits=1),
+                "" if p.operations <= 1 else readable(p.gain / (p.operations - 1), digits=1),
+                *(
+                    ["", "", ""]
+                    if paired is None
+                    else [
+                        Spread(paired.mean, paired.sd, paired.n).show(2, sign=True),
+                        "" if math.isnan(paired.effect) else f"{paired.effect:+.1f}",
+                        f"{paired.p_flip:.2g}",
+                    ]
+                ),
                 str(len(row.seeds)),
             ]
         )
@@ -259,10 +285,11 @@ def show(setup: Setup, trainings: Sequence[Training], seeds: Sequence[int]) -> s
         "Δm per MB",
         "Δm per joint forward",
     ]
-    titles += [f"less {against}", "p (sign flip)", "n"]
+    titles += [f"less {comparison.against}", "effect size", "p (sign flip)", "n"]
     notes = [
         "Operations of a forward in multiples of the joint network's. A wider network is the narrowest one that has at "
-        "least Recon's parameters or operations.",
+        "least Recon's parameters or operations. Rows without a split (joint, single, wider) are the same at both "
+        "settings of the statistics. The effect size is the mean difference in units of its deviation over seeds.",
         *comparison.notes(),
     ]
     return "\n\n".join([grid(titles, cells), *notes])

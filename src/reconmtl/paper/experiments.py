@@ -8,7 +8,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from reconmtl.errors import UnknownNameError, nearest
-from reconmtl.paper import conflicts, controls, distances, iterations, tables
+from reconmtl.paper import budgets, conflicts, controls, distances, iterations, tables
 from reconmtl.paper.trainings import PRESETS, Place, Scale, Setup, Training, run_all
 
 
@@ -184,7 +184,10 @@ EXPERIMENTS: Mapping[str, Experiment] = {
     "f11": Experiment(title="What an iteration costs, by number of tasks", places=CELEBA, probes=_measure,
                       show=lambda setup, _seeds: iterations.show(setup.folder / "iterations.json")),
     "controls": _controls("Does it matter which layers are split?", controls.CENTRAL),
-    "curves": _controls("Recon, random and smallest layers over K", (Training(name="joint"), *controls.CURVE)),
+    "curves": _controls("Recon, random and smallest layers over K and over budgets",
+                        (Training(name="joint"), *budgets.in_turns(budgets.curve("per-task")))),
+    "curves-shared": _controls("Recon, random and smallest layers over K and over budgets, statistics shared",
+                               (Training(name="joint"), *budgets.in_turns(budgets.curve("shared")))),
 }  # fmt: skip
 """Name -> experiment: the paper's tables and figures, and the controls that it should have had."""
 
