@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +16,17 @@ from reconmtl.runs import Run
 
 @dataclass(frozen=True)
 class LeftOut:
-    """A run that cannot stand in the table, and why."""
+    """What cannot stand beside the rest, and why.
+
+    Attributes:
+        run: Its folder, or its label and seed.
+        reason: Names the file and the field where one is damaged, and the way out.
+        damaged: Whether a file could not be read; otherwise the run is unfinished, or not comparable.
+    """
 
     run: str
     reason: str
+    damaged: bool = False
 
 
 def find_runs(paths: Iterable[str | Path]) -> tuple[list[Run], list[LeftOut]]:
@@ -37,24 +45,37 @@ def find_runs(paths: Iterable[str | Path]) -> tuple[list[Run], list[LeftOut]]:
     out: dict[Path, LeftOut] = {}
     empty = []
     for path in map(Path, paths):
-        # What is linked to is not followed, so that a link cannot lead out of the folder or in a circle.
-        configs = sorted(path.rglob("config.json")) if path.is_dir() else []
-        here = [folder for folder in (c.parent for c in configs) if _is_run(folder)]
-        if not here:
+        runs, lacking = runs_in(path)
+        if not runs and not lacking:
             empty.append(f"{path} {'holds no run' if path.is_dir() else 'is no folder'}")
-        for folder in sorted(here, key=lambda f: _order(path, f)):
-            try:
-                if (folder / "result.json").exists():
-                    found[folder.resolve()] = Run.load(folder)
-                else:
-                    out[folder.resolve()] = LeftOut(str(folder), "not finished, it has no result.json")
-            except ReconError as error:
-                out[folder.resolve()] = LeftOut(str(folder), str(error))
+        found |= runs
+        out |= lacking
     if empty:
         raise RunError(f"{'; '.join(empty)}. Give folders that `reconmtl run`, `fit` or `sweep` wrote.")
     if not found:
-        raise RunError("There is no finished run: " + "; ".join(f"{o.run}: {o.reason}" for o in out.values()) + ".")
+        raise RunError(f"There is no finished run: {'; '.join(f'{o.run}: {o.reason}' for o in out.values())}")
     return list(found.values()), list(out.values())
+
+
+def runs_in(path: Path) -> tuple[dict[Path, Run], dict[Path, LeftOut]]:
+    """The finished runs in a folder, by their resolved folders, and what is unfinished or damaged; never raises."""
+    # What is linked to is not followed, so that a link cannot lead out of the folder or in a circle.
+    files = [f for name in ("config.json", "result.json") for f in path.rglob(name)] if path.is_dir() else []
+    here = [folder for folder in dict.fromkeys(f.parent for f in files) if _is_run(folder)]
+    found: dict[Path, Run] = {}
+    out: dict[Path, LeftOut] = {}
+    for folder in sorted(here, key=lambda f: _order(path, f)):
+        try:
+            if (folder / "result.json").exists():
+                found[folder.resolve()] = Run.load(folder)
+            else:
+                read_json(folder / "config.json", RunError)
+                reason = "not finished, it has no result.json. Repeat the command that began it with --resume."
+                out[folder.resolve()] = LeftOut(str(folder), reason)
+        except ReconError as error:
+            reason = f"{error} Delete {folder} and repeat the command that made it with --resume to train it again."
+            out[folder.resolve()] = LeftOut(str(folder), reason, damaged=True)
+    return found, out
 
 
 def _is_run(folder: Path) -> bool:
@@ -63,7 +84,7 @@ def _is_run(folder: Path) -> bool:
     try:
         config = read_json(folder / "config.json", RunError)
     except RunError:
-        return False
+        return re.fullmatch(r"seed\d+", folder.name) is not None  # ours by its name: it must not vanish unseen
     return isinstance(config, dict) and "seed" in config and config.get("method") not in (None, "probe")
 
 

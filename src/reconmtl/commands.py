@@ -329,16 +329,19 @@ def compare(options: CompareSettings, faults: Faults) -> Answer:
 
 def report(options: ReportSettings, faults: Faults) -> Answer:
     """Write a page about runs."""
-    from reconmtl.reporting import report as write
+    from reconmtl.reporting.page import write_report
 
     found = list(faults)
     if not options.runs:
         found.append("RUN: give at least one folder, e.g. runs/multifashion-demo.")
     _stop(found)
-    page = write(options.runs, to=options.to, figures=options.figures)
+    page, material = write_report(options.runs, to=options.to, figures=options.figures)
     figures = None if options.figures is None else str(options.figures)
-    text = f"Report: {page}" + (f"; figures: {figures}" if figures else "")
-    return _answer(options, {"report": str(page), "figures": figures}, text)
+    lines = [f"Report: {page}" + (f"; figures: {figures}" if figures else "")]
+    lines += ["Left out:"] if material.left_out else []
+    lines += [f"- {out.run}: {out.reason}" for out in material.left_out]
+    out = [{"run": out.run, "reason": out.reason} for out in material.left_out]
+    return _answer(options, {"report": str(page), "figures": figures, "left_out": out}, "\n".join(lines))
 
 
 def paper(options: PaperSettings, faults: Faults) -> Answer:

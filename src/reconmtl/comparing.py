@@ -116,7 +116,7 @@ class Comparison:
         baseline: Label of the row that delta-m is relative to.
         threshold: Gradients conflict below this cosine.
         against: Label of the row that the others are tested against.
-        left_out: Runs that are not comparable with these.
+        left_out: Runs that are not comparable with these, unfinished, or damaged.
     """
 
     rows: tuple[Row, ...]
@@ -174,7 +174,7 @@ class Comparison:
                 told += "that the differences are normally distributed"
             lines.append(f"{told}.")
         if self.left_out:
-            lines.append("Left out, because these are not comparable:")
+            lines.append("Left out:")
             lines += [f"- {out.run}: {out.reason}" for out in self.left_out]
         return lines
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from reconmtl.batches import Sets, sets_of
 from reconmtl.choices import Decided, decide, default_folder, load_problem, split_method
+from reconmtl.collecting import LeftOut
 from reconmtl.comparing import Comparison, compare
 from reconmtl.conflicts import ConflictLog
 from reconmtl.errors import ReconError, RunError
@@ -56,6 +57,8 @@ def run_study(settings: Settings, *, faults: Sequence[str] = ()) -> Study:
     ranks = Machine(accelerator=settings.accelerator).ranks()
     folder = ranks.first(lambda: new_folder(out, resume=settings.resume, overwrite=settings.overwrite))
     jobs = study_jobs(decided, folder, settings)
+    if (folder / "log" / "log.json").exists():
+        save_plan(folder, decided)  # damage shows before the work
     alone = settings.jobs is None and decided.max_batches is not None  # a process takes longer to start than that
     side_by_side = 1 if alone else count(settings.jobs, settings.accelerator, len(jobs))
     with here_or_processes(side_by_side, "never" if settings.quiet else settings.progress) as workers:
@@ -70,7 +73,6 @@ def study_jobs(decided: Decided, folder: Path, settings: Settings | SweepSetting
         RunError: If the folder holds a study with other settings, or cannot be written to.
     """
     Machine(accelerator=settings.accelerator).ranks().first(lambda: write_config(folder, decided))
-    log = folder / "log"
 
     def job(method: str, seed: int, base: str = "joint") -> Job:
         probes = method == "probe"
@@ -91,10 +93,7 @@ def study_jobs(decided: Decided, folder: Path, settings: Settings | SweepSetting
     fits = [job(m, s) for m in sorted(decided.methods, key=lambda m: order.get(m, 1)) for s in decided.seeds]
     own = {own_log(m): split_method(m)[0] for m in decided.methods if split_method(m)[1]}
     probes = [job("probe", decided.seeds[0], base) for base in {**own, "log": "joint"}.values()]
-    jobs = [j for j in [*probes, *fits] if not j.finished]
-    if (log / "log.json").exists():
-        save_plan(folder, decided)
-    return jobs
+    return [j for j in [*probes, *fits] if not j.finished]
 
 
 def after(job: Job, folder: Path) -> None:
@@ -105,23 +104,39 @@ def after(job: Job, folder: Path) -> None:
 
 def save_plan(folder: Path, decided: Decided) -> tuple[Ranking, Plan]:
     """Rank the layers of a study's log and write the plan."""
-    log = ConflictLog.load(folder / "log")
+    try:
+        log = ConflictLog.load(folder / "log")
+    except ReconError as error:
+        raise RunError(f"{error} Delete {folder / 'log'} and repeat with --resume to probe again.") from None
     plan = choose_plan(decided, log, "recon", decided.seeds[0])
     plan.save(folder / "plan.json")
     return log.rank(severity=decided.severity), plan
 
 
-def conclude(folder: Path, decided: Decided) -> Study:
-    """Compare the finished runs of a study and write the table."""
+def conclude(folder: Path, decided: Decided, failed: Callable[[str, int, ReconError], None] | None = None) -> Study:
+    """Compare the finished runs of a study and write the table.
+
+    Args:
+        folder: Of the study.
+        decided: What was decided.
+        failed: Takes method, seed and error of each run that is damaged, and the rest goes on; None raises.
+
+    Raises:
+        ReconError: If the log is damaged, there is no run, or one is damaged.
+    """
     problem = load_problem(decided)
     ranking, plan = save_plan(folder, decided)
-    runs = [
-        _opened(path, problem)
-        for m in decided.methods
-        for s in decided.seeds
-        if (path := folder / m / f"seed{s}").joinpath("result.json").exists()
-    ]
-    comparison = compare(runs)
+    runs, damaged = [], []
+    for m, s in [(m, s) for m in decided.methods for s in decided.seeds]:
+        path = folder / m / f"seed{s}"
+        try:
+            runs += [_opened(path, problem)] if (path / "result.json").exists() else []
+        except ReconError as error:
+            if failed is None:
+                raise
+            failed(m, s, error)
+            damaged.append(LeftOut(str(path), str(error), damaged=True))
+    comparison = compare(runs, left_out=damaged)
     text = summary(comparison, ranking, plan, facts(decided, problem, runs))
     write_json(folder / "comparison.json", comparison.to_dict())
     write_bytes(folder / "table.md", lambda temporary: _write_text(temporary, text + "\n"))

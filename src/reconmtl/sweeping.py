@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 
 from reconmtl.choices import Decided, decide, default_folder
@@ -100,7 +101,11 @@ def run_sweep(settings: SweepSettings, *, faults: Sequence[str] = ()) -> Sweep:
     for problem, decided in studies.items():
         home = homes[problem]
         if (home / "log" / "log.json").exists() and any(home.glob("*/seed*/result.json")):
-            concluded[problem] = conclude(home, decided)
+            damaged = partial(_damaged, failures, problem)
+            try:
+                concluded[problem] = conclude(home, decided, damaged)
+            except ReconError as error:  # the log, or all runs: the other problems have their tables all the same
+                damaged("probe", decided.seeds[0], error)
     total = sum(len(d.methods) * len(d.seeds) for d in studies.values())
     skipped = total - sum(job.method != "probe" for job in jobs)
     sweep = Sweep(folder, concluded, tuple(failures), skipped)
@@ -131,6 +136,10 @@ def _decide(settings: SweepSettings, faults: Sequence[str]) -> dict[str, Decided
     if found:
         raise ConfigError("\n".join(found))
     return studies
+
+
+def _damaged(failures: list[Failure], problem: str, method: str, seed: int, error: ReconError) -> None:
+    failures.append(Failure(problem, method, seed, str(error)))
 
 
 @contextmanager

@@ -47,7 +47,11 @@ def test_methods_come_in_the_order_of_their_study_and_seeds_by_number(sweep: Pat
     runs, out = find_runs([sweep])
     assert [(r.method, r.seed) for r in runs][-1] == ("joint", 0) and len(runs) == 5
     assert [asdict(o) for o in out] == [
-        {"run": str(sweep / "two" / "joint" / "seed1"), "reason": "not finished, it has no result.json"}
+        {
+            "run": str(sweep / "two" / "joint" / "seed1"),
+            "reason": "not finished, it has no result.json. Repeat the command that began it with --resume.",
+            "damaged": False,
+        }
     ]
 
 
@@ -72,3 +76,4 @@ def test_a_damaged_run_keeps_none_of_the_others_from_being_seen(sweep: Path) -> 
     (damaged / "result.json").write_text('{"format": "reconmtl.run/1"}')
     runs, out = find_runs([sweep / "one"])
     assert len(runs) == 3 and out[0].run == str(damaged) and "missing or wrong fields" in out[0].reason
+    assert out[0].damaged and out[0].reason.endswith("with --resume to train it again.")

@@ -183,7 +183,7 @@ def test_runs_that_are_not_comparable_are_listed_and_not_mixed(changes: dict[str
     assert [(r.label, r.seeds) for r in found.rows] == [("joint", (0, 1))]
     (out,) = found.left_out
     assert out.run == "joint, seed 3" and out.reason.startswith(reason)
-    assert str(found).endswith(f"Left out, because these are not comparable:\n- joint, seed 3: {out.reason}")
+    assert str(found).endswith(f"Left out:\n- joint, seed 3: {out.reason}")
     assert found.to_dict()["left_out"] == [{"run": out.run, "reason": out.reason}]
     # What is comparable is what goes with the baseline, if one is chosen.
     other = compare([run(), replace(odd, label="mine")], baseline="mine")

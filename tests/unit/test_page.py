@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import reconmtl as rm
+from reconmtl.cli import main
 from reconmtl.conflicts import ConflictLog
 from reconmtl.errors import RunError
 from reconmtl.plan import Plan
@@ -164,7 +165,23 @@ def test_counted_logs_and_runs_that_cannot_be_compared_are_said(tmp_path: Path) 
     text = Page(report(tmp_path / "s", to=tmp_path / "r.html")).text
     assert "Single pairs are known over the whole recording only" in text
     mixed = Page(report([tmp_path / "s", other / "joint"], to=tmp_path / "m.html")).text
-    assert "Left out, because these are not comparable" in mixed and f"{other}/joint/seed1: metrics" in mixed
+    assert "Left out:" in mixed and f"{other}/joint/seed1: metrics" in mixed
+    assert "Damaged and left out" not in mixed
+
+
+def test_what_is_damaged_stands_at_the_top_of_the_page_and_in_what_the_command_prints(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = write_study(tmp_path / "s", tasks=["a", "b"], layers=network_names(6), seeds=range(30))
+    for seed in range(25):
+        (folder / "joint" / f"seed{seed}" / "metrics.jsonl").write_text('{"epoch": "x", "test": {}}\n')
+    text = Page(report(folder, to=tmp_path / "r.html")).text
+    first = f"{folder}/joint/seed0: {folder}/joint/seed0/metrics.jsonl, line 1: field 'epoch' should be a whole number"
+    assert "Damaged and left out: 25" in text and first in text and "and 5 more" in text
+    assert main(["report", str(folder), "--to", str(tmp_path / "r.html")]) == 0
+    assert f"- {first}" in capsys.readouterr().out
+    assert main(["report", str(folder), "--to", str(tmp_path / "r.html"), "--json"]) == 0
+    assert len(json.loads(capsys.readouterr().out)["left_out"]) == 25
 
 
 def test_a_network_of_a_thousand_layers_stays_readable(tmp_path: Path) -> None:

@@ -88,6 +88,31 @@ def test_a_failure_is_reported_and_the_same_sweep_does_what_is_missing(settings:
     assert [row.seeds for row in third.studies["planted"].comparison.rows] == [(0, 1, 2)] * 2
 
 
+@pytest.mark.usefixtures("here")
+def test_a_damaged_run_or_log_is_a_failure_and_the_tables_go_on(settings: SweepSettings) -> None:
+    settings = replace(settings, problems=("planted", "mine.py:fine"))
+    out = settings.out
+    assert out is not None
+    assert run_sweep(settings).failures == ()
+    run, log = out / "planted-default" / "joint" / "seed1" / "result.json", out / "mine-fine" / "log" / "log.json"
+    whole = {path: path.read_text() for path in (run, log)}
+    run.write_text("{")
+    log.write_text("[]")
+    found = run_sweep(settings)
+    assert [(f.problem, f.method, f.seed) for f in found.failures] == [
+        ("planted", "joint", 1),
+        ("mine.py:fine", "probe", 0),
+    ]
+    assert str(run) in found.failures[0].reason and "Delete" in found.failures[0].reason
+    assert str(log) in found.failures[1].reason and f"Delete {log.parent}" in found.failures[1].reason
+    rows = found.studies["planted"].comparison.rows
+    assert [(row.label, row.seeds) for row in rows] == [("joint", (0,)), ("joint w/ Recon", (0, 1))]
+    assert str(run) in found.studies["planted"].text
+    for path, content in whole.items():
+        path.write_text(content)
+    assert run_sweep(settings).failures == ()
+
+
 def test_the_faults_of_all_problems_are_reported_before_anything_is_made(settings: SweepSettings) -> None:
     wrong = replace(settings, problems=("plantd", "mine.py:fine", "mine.py:fin"), k=7, lr=-1.0)
     with pytest.raises(ConfigError) as caught:

@@ -21,6 +21,8 @@ from reconmtl.reporting.words import Section, listed, minus, percent, plural, si
 from reconmtl.runs import Run
 from reconmtl.version import __version__
 
+SHOWN = 20
+"""Damaged runs and files that the page lists."""
 GLOSSARY = (
     ("conflict", "Two tasks' gradients at a layer point in opposing directions: their cosine is below the severity S."),
     (
@@ -43,7 +45,8 @@ def report(
 
     Args:
         runs: Runs, or folders: of a study, of a method with a `seed<k>` folder per seed, of one run, or of a log. What
-            a folder lacks becomes a sentence on the page.
+            a folder lacks becomes a sentence on the page, and so does what is damaged: file and field are named, and
+            the rest goes on without it.
         to: The HTML file; it is replaced if it exists.
         figures: Folder for the same plots as PDF and PNG; needs matplotlib.
 
@@ -51,12 +54,19 @@ def report(
         The path of the page.
 
     Raises:
-        ReconError: If there is nothing to show, a folder is damaged (file and field are named), `to` cannot be written,
-            or figures are asked for without matplotlib; before anything is written.
+        ReconError: If there is nothing to show, `to` cannot be written, or figures are asked for without matplotlib;
+            before anything is written.
 
     Example:
         >>> report("runs/multifashion-demo", to="report.html")  # doctest: +SKIP
     """
+    return write_report(runs, to=to, figures=figures)[0]
+
+
+def write_report(
+    runs: Sequence[Run | str | Path] | Run | str | Path, *, to: str | Path, figures: str | Path | None = None
+) -> tuple[Path, Material]:
+    """The same, which also returns what the page is about."""
     target = Path(to)
     if target.is_dir():
         raise RunError(f"{target} is a folder; give a file for the page, e.g. {target / 'report.html'}.")
@@ -76,7 +86,7 @@ def report(
         from reconmtl.reporting.figures import save
 
         save(material, windows, Path(figures))
-    return target
+    return target, material
 
 
 def sections(material: Material, windows: Windows | None) -> list[Section]:
@@ -145,9 +155,20 @@ def _top(material: Material, parts: Sequence[Section]) -> Html:
         tag("h1", _problem(material)),
         tag("p", " · ".join(about), cls="about"),
         tag("p", minus(lead), cls="lead"),
+        _damaged(material),
         tag("div", _tiles(material), cls="tiles"),
         cls="top",
     )
+
+
+def _damaged(material: Material) -> Html | None:
+    """What could not be read; where everybody sees it, for the numbers below are made without it."""
+    lines = [f"{out.run}: {out.reason}" for out in material.left_out if out.damaged]
+    if not lines:
+        return None
+    shown = [tag("li", line) for line in lines[:SHOWN]]
+    more = tag("li", f"and {len(lines) - SHOWN:,} more") if len(lines) > SHOWN else None
+    return tag("div", tag("b", f"Damaged and left out: {len(lines):,}"), tag("ul", shown, more), cls="damaged")
 
 
 def _recipe(run: Run) -> dict[str, object]:
