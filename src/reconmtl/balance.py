@@ -13,7 +13,7 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -215,6 +215,31 @@ def label_of(spec: object) -> str:
     return f"{label} ({rest.replace(',', ', ')})" if rest else label
 
 
+class Source(Protocol):
+    """Where a step's gradients come from: one graph (`Gradients`), or the sum of several (`Accumulation`)."""
+
+    def sweep(
+        self,
+        losses: Mapping[str, Tensor],
+        *,
+        retain_graph: bool = False,
+        weigh: Callable[[Tensor, Layout], Tensor] | None = None,
+    ) -> Measured:
+        """See `Gradients.sweep`."""
+
+    def explicit(self, losses: Mapping[str, Tensor], *, retain_graph: bool = False) -> tuple[Measured, Tensor]:
+        """See `Gradients.explicit`."""
+
+    def mean_losses(self, losses: Mapping[str, Tensor], scale: Tensor | float = 1.0) -> dict[str, float]:
+        """See `Gradients.mean_losses`."""
+
+    def same_everywhere(self, vector: Tensor) -> Tensor:
+        """See `Gradients.same_everywhere`."""
+
+    def add(self, found: Measured) -> None:
+        """See `Gradients.add`."""
+
+
 class Balancer:
     """A balancer at work: forms the updates of one training, and holds the state of its method.
 
@@ -247,11 +272,16 @@ class Balancer:
                 faults.append(f"{name} learns a number per task: write Balancer({spec!r}, tasks=[...]).")
             if faults:
                 raise ProblemError("\n".join(faults))
-            self.at = values.pop("at", "weights")
+            self.at: str = values.pop("at", "weights")
             self.rule = BALANCERS[name].make(**values, **count)
         else:
             self.at = "weights"
             self.rule = adopt(spec)
+
+    @property
+    def needs_graph(self) -> bool:
+        """Whether it needs the graph of one forward pass, so that a step cannot be made of micro-batches."""
+        return self.at == "features"
 
     def weights(self, gram: Tensor, losses: Tensor | None = None) -> Tensor:
         """Weights of the tasks' gradients.
@@ -277,7 +307,7 @@ class Balancer:
         return found.detach().double()
 
     def backward(
-        self, gradients: Gradients, losses: Mapping[str, Tensor], *, scale: Tensor | float = 1.0, measure: bool = True
+        self, gradients: Source, losses: Mapping[str, Tensor], *, scale: Tensor | float = 1.0, measure: bool = True
     ) -> Measured | None:
         """Add the update of one step to `.grad`, see `sweep`; returns the Gram matrices if they are wanted."""
         found = self.sweep(gradients, losses, scale=scale, measure=measure)
@@ -285,7 +315,7 @@ class Balancer:
             gradients.add(found)
         return found if measure else None
 
-    def _at_features(self, gradients: Gradients, losses: Mapping[str, Tensor], measure: bool) -> Measured:
+    def _at_features(self, gradients: Source, losses: Mapping[str, Tensor], measure: bool) -> Measured:
         """Weights from the gradients at the features; the Gram matrices of the layers only if they are wanted."""
         if type(gradients) is not Gradients:
             raise ProbeError("at=features works in one process: balance at the weights.")
@@ -305,12 +335,12 @@ class Balancer:
         return found if measured is None else replace(found, gram=measured.gram)
 
     def sweep(
-        self, gradients: Gradients, losses: Mapping[str, Tensor], *, scale: Tensor | float = 1.0, measure: bool = True
+        self, gradients: Source, losses: Mapping[str, Tensor], *, scale: Tensor | float = 1.0, measure: bool = True
     ) -> Measured | None:
         """Run the passes of one step.
 
         Args:
-            gradients: Of the model.
+            gradients: Of the model: of one graph, or accumulated over several.
             losses: Scalar loss per task, scaled by `scale`.
             scale: What a gradient scaler has multiplied the losses by.
             measure: Whether the Gram matrices are wanted in any case.
@@ -332,7 +362,7 @@ class Balancer:
             with self._explained(len(seen)):
                 weights = gradients.same_everywhere(rule.weights(torch.zeros(0, 0), seen).detach())
             of = dict(zip(values, weights.tolist(), strict=True))
-            if not measure:
+            if not measure and isinstance(gradients, Gradients):
                 gradients.backward({t: v * of[t] for t, v in losses.items()})
                 return None
             found = gradients.sweep(
@@ -385,7 +415,7 @@ class Balancer:
 
     def _rows(
         self,
-        gradients: Gradients,
+        gradients: Source,
         losses: Mapping[str, Tensor],
         values: Mapping[str, float],
         scale: Tensor | float,

@@ -20,7 +20,7 @@ from reconmtl.errors import ProbeError, RunError
 from reconmtl.graph import Graph, check_losses, many, reach
 from reconmtl.layers import ROOT, find_layers, match_layers
 from reconmtl.oracle import reference_grams, reference_vectors
-from reconmtl.passes import Layout, Measured, Segment, Sweep, as_real, mark_absent, real_numel
+from reconmtl.passes import Layout, Measured, Segment, Sweep, mark_absent, real_numel
 from reconmtl.replicas import refuse_alone
 
 __all__ = [
@@ -258,40 +258,6 @@ class Gradients:
         self._refuse_hooks(layout)
         return self._make(graph, layout, losses, {}, retain_graph, float("inf")).at_features(weigh)
 
-    def micro_batch(
-        self, losses: Mapping[str, Tensor], *, retain_graph: bool = False, last: bool
-    ) -> tuple[Measured, Tensor]:
-        """Measure one of several micro-batches of a step, see `explicit`.
-
-        Args:
-            losses: Scalar loss per task, all from one forward pass.
-            retain_graph: Keep the graph for a further backward pass.
-            last: Whether the step ends with it; all processes of a group meet then, in `grams_of`.
-        """
-        del last
-        return self.explicit(losses, retain_graph=retain_graph)
-
-    def grams_of(self, tasks: Sequence[str], sums: Mapping[tuple[str, str], Tensor]) -> tuple[Layout, Tensor]:
-        """Compute Gram matrices of gradients that were summed over micro-batches.
-
-        Args:
-            tasks: Their names.
-            sums: (parameter, task) -> its gradient [elements].
-
-        Returns:
-            What is shared in any of the micro-batches, and inner products [layers, tasks, tasks].
-        """
-        layout = self.layout_of(tasks, masks_of(tasks, sums))
-        n = len(layout.tasks)
-        gram = torch.zeros((len(layout.segments), n, n), dtype=layout.dtype, device=layout.device)
-        with full_precision(layout.device):
-            for (name, parameter), k in zip(layout.shared, layout.owner, strict=True):
-                zero = as_real(torch.zeros_like(parameter)).flatten().to(layout.dtype)
-                rows = torch.stack([sums.get((name, t), zero).to(layout.dtype) for t in layout.tasks])
-                gram[k].addmm_(rows, rows.T)
-        mark_absent(layout, gram)
-        return layout, gram
-
     def add(self, found: Measured) -> None:
         """Add what a sweep found to `.grad`."""
         add_update(found.layout, found.total, found.own, found.sparse, found.outside, found.missing)
@@ -442,14 +408,6 @@ def _uncompiled(name: str) -> str:
     return ".".join(part for part in name.split(".") if part != "_orig_mod") or ROOT
 
 
-def masks_of(tasks: Sequence[str], pairs: Iterable[tuple[str, str]]) -> dict[str, int]:
-    """Bit masks, per parameter, of the positions of the tasks that reach it, from pairs (parameter, task)."""
-    masks: dict[str, int] = {}
-    for name, task in pairs:
-        masks[name] = masks.get(name, 0) | 1 << tasks.index(task)
-    return masks
-
-
 def of_layers(layout: Layout) -> list[list[nn.Parameter]]:
     """The shared parameters of each measured layer."""
     out: list[list[nn.Parameter]] = [[] for _ in layout.segments]
@@ -510,11 +468,11 @@ def add_update(
     for j, (_, parameter) in enumerate(layout.shared):
         if j in missing:
             continue
-        _add_grad(parameter, _gradient(total[layout.at(j)], parameter, None if sparse is None else sparse.get(j)))
+        _add_grad(parameter, as_gradient(total[layout.at(j)], parameter, None if sparse is None else sparse.get(j)))
 
 
-def _gradient(flat: Tensor, parameter: nn.Parameter, rows: Tensor | None) -> Tensor:
-    """Give real numbers the shape and the type of a parameter; sparse, if its rows [n] are given."""
+def as_gradient(flat: Tensor, parameter: nn.Parameter, rows: Tensor | None) -> Tensor:
+    """Give real numbers [elements] the shape and the type of a parameter; sparse, if its rows [n] are given."""
     if parameter.is_complex():
         return torch.view_as_complex(flat.view(*parameter.shape, 2)).to(parameter.dtype)
     grad = flat.view(parameter.shape).to(parameter.dtype)

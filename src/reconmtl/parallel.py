@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from reconmtl.errors import ProbeError
-from reconmtl.gram import Gradients, grams, masks_of, of_layers
+from reconmtl.gram import Gradients, grams, of_layers
 from reconmtl.graph import Graph
 from reconmtl.oracle import products, reference_vectors
 from reconmtl.passes import Layout, Measured, Sweep, as_real, real_numel
@@ -244,39 +244,16 @@ class ParallelGradients(Gradients):
             self.replicas.mean_(part)
         return self._measured(step, grams(layout, rows), rows.sum(0), only_sparse), rows
 
-    def micro_batch(
-        self, losses: Mapping[str, Tensor], *, retain_graph: bool = False, last: bool
-    ) -> tuple[Measured, Tensor]:
-        """Measure one of several micro-batches in this process only; `grams_of` and `average` end the step."""
-        try:
-            if self.replicas.wrapper is None and _empty(losses):
-                layout = self.layout_of((), {})
-                nothing = torch.zeros(0, device=layout.device)
-                return Measured(layout, nothing, nothing, {}, [], lambda: None), nothing
-            self._refuse_empty(losses)
-            found, rows = super().explicit(losses, retain_graph=retain_graph)
-            self.replicas.refuse(found.layout)
-        except Exception as error:
-            if last:
-                self.replicas.agree(None, error)
-            raise
+    def local(self, losses: Mapping[str, Tensor], *, retain_graph: bool = False) -> tuple[Measured, Tensor]:
+        """Take every task's gradient in this process only, see `Gradients.explicit`; nobody is waited for."""
+        if self.replicas.wrapper is None and _empty(losses):
+            layout = self.layout_of((), {})
+            nothing = torch.zeros(0, device=layout.device)
+            return Measured(layout, nothing, nothing, {}, [], lambda: None), nothing
+        self._refuse_empty(losses)
+        found, rows = super().explicit(losses, retain_graph=retain_graph)
+        self.replicas.refuse(found.layout)
         return found, rows
-
-    def grams_of(self, tasks: Sequence[str], sums: Mapping[tuple[str, str], Tensor]) -> tuple[Layout, Tensor]:
-        """Compute Gram matrices of the averages of what every process has summed, see `Gradients.grams_of`."""
-        self.replicas.compare(self.model)
-        found = sorted(masks_of(tasks, sums).items())
-        together = unite(self.replicas.agree([list(tasks), [list(f) for f in found], [], False, False]))
-        layout = self.layout_of(together.tasks, together.masks)
-        rows = torch.zeros(len(layout.tasks), layout.width, dtype=layout.dtype, device=layout.device)
-        for j, (name, _) in enumerate(layout.shared):
-            for i, task in enumerate(layout.tasks):
-                if (name, task) in sums:
-                    rows[i, layout.at(j)] = sums[name, task].to(rows.dtype)
-        reduction = Reduction(self.replicas, layout, update=False)
-        reduction.take(range(len(layout.shared)), rows)
-        reduction.finish(None, torch.zeros(0), None)
-        return layout, reduction.gram
 
     def add(self, found: Measured) -> None:
         """Add what a sweep found to `.grad`; what was accumulated there without averaging is averaged first."""
@@ -398,7 +375,7 @@ class ParallelGradients(Gradients):
         means = zip(self.replicas.means(filled), only_sparse[len(layout.shared) :], strict=True)
         found = iter([m.to_sparse(1) if s else m for m, s in means])
         own: list[list[Tensor | None]] = [[next(found) for _ in ps] for ps in layout.exclusive]
-        outside = self._outside_means([] if step.sweep is None else step.sweep.outside)
+        outside = self.outside_means([] if step.sweep is None else step.sweep.outside)
         return Measured(layout, gram, total, sparse, own, step.settle, outside)
 
     def _beyond(self) -> dict[str, nn.Parameter]:
@@ -408,7 +385,7 @@ class ParallelGradients(Gradients):
             return {}
         return {n: p for n, p in w.module.named_parameters() if id(p) not in mine and n not in w.parameters_to_ignore}
 
-    def _outside_means(self, outside: list[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
+    def outside_means(self, outside: list[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
         """Average what the wrapper averages, see `average_grads`; other leaves stay local, as in a plain step."""
         beyond = self._beyond()
         if not beyond:

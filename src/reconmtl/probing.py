@@ -9,8 +9,8 @@ from typing import Any, Literal, Protocol, get_args
 import torch
 from torch import Tensor, nn
 
-from reconmtl.accumulation import Accumulation
-from reconmtl.balance import Balancer
+from reconmtl.accumulation import Accumulation, accumulation_of
+from reconmtl.balance import Balancer, Source
 from reconmtl.buffers import undisturbed
 from reconmtl.conflicts import ConflictLog, cosines_from_grams
 from reconmtl.errors import ProbeError, RunError, UnknownNameError, nearest
@@ -105,7 +105,8 @@ class Probe:
             scaler: A `torch.amp.GradScaler`: the losses are scaled before, what is recorded is unscaled, and steps
                 whose gradients are not finite are left out, as the scaler leaves them out (see `skipped`).
             last: False if more micro-batches of the same step follow. The step is then recorded once, with the Gram of
-                the accumulated gradients; that takes tasks x (shared parameters) floats. Inside `no_sync()` of a
+                the accumulated gradients; that takes tasks x (shared parameters) floats. A balancer acts on the
+                accumulated gradients, and `.grad` gets them with the last micro-batch. Inside `no_sync()` of a
                 DistributedDataParallel, micro-batches without last=False are ordinary backward passes, and the step's
                 record is of the one outside.
 
@@ -116,7 +117,10 @@ class Probe:
             check_losses(losses)
         elif not self._parallel.synchronises and last:
             if self.balancer is not None:
-                raise ProbeError("A balancer needs the whole step: it does not go with `no_sync()`.")
+                raise ProbeError(
+                    "A balancer needs the gradients of the whole step: inside `no_sync()` say that more micro-batches "
+                    "follow, `probe.backward(losses, last=False)`."
+                )
             if self._open is not None:
                 raise ProbeError("The last micro-batch of a step is the one outside `no_sync()`: pass last=False here.")
             self._gradients.backward(losses)  # no step: it ends with the backward pass outside
@@ -125,11 +129,14 @@ class Probe:
             losses = {task: scaler.scale(v) if isinstance(v, Tensor) else v for task, v in losses.items()}
         else:
             scaler = None
-        if self.balancer is not None and not last:
-            raise ProbeError("A balancer needs the whole step: last=False does not go with it. Take smaller batches.")
+        if self.balancer is not None and self.balancer.needs_graph and not last:
+            raise ProbeError(
+                f"{self.balancer.label} works on gradients where the shared part of one forward pass ends: it does not "
+                "go with micro-batches (last=False). Take smaller batches, or a method that balances at the weights."
+            )
         with self._micro_batch(last) as (measure, whole):
             if self.balancer is not None:
-                self._balance(self.balancer, losses, scaler, measure)
+                self._balance(self.balancer, losses, scaler, measure, whole, last)
             elif not measure:
                 self._gradients.backward(losses, last=last)
             elif whole:
@@ -138,8 +145,7 @@ class Probe:
                 self._update(losses, found, last)
             else:
                 assert self._sums is not None
-                found, rows = self._gradients.micro_batch(losses, retain_graph=self.exact, last=last)
-                self._sums.add(found.layout, rows, found.own)
+                found = self._sums.take(losses, retain_graph=self.exact, last=last)
                 whole_step = self._sums.gram() if last else None  # first, as other processes hear of a failure here
                 self._update(losses, found, last)
                 if whole_step is not None:
@@ -158,10 +164,26 @@ class Probe:
         if self.balancer is not None:
             self.balancer.again(self._gradients.mean_losses(losses))
 
-    def _balance(self, balancer: Balancer, losses: Mapping[str, Tensor], scaler: Scaler | None, measure: bool) -> None:
+    def _balance(
+        self,
+        balancer: Balancer,
+        losses: Mapping[str, Tensor],
+        scaler: Scaler | None,
+        measure: bool,
+        whole: bool,
+        last: bool,
+    ) -> None:
+        source: Source = self._gradients
+        if not whole:
+            assert self._sums is not None
+            source = self._sums
+            self._sums.take(losses, last=last)
+        if not last:
+            return  # `.grad` gets everything with the last micro-batch
         device = next(self._gradients.model.parameters()).device
         scale = 1.0 if scaler is None else scaler.scale(torch.ones((), device=device))
-        found = balancer.backward(self._gradients, losses, scale=scale, measure=measure)
+        found = balancer.backward(source, losses, scale=scale, measure=measure)
+        self._sums = None
         if found is not None:
             self._recorder.add(found.layout, _unscaled(found.gram, scaler), skip=scaler is not None)
 
@@ -178,8 +200,8 @@ class Probe:
                     "A budget of time (overhead) cannot be kept over micro-batches (last=False): pass `every` instead."
                 )
             with self._schedule.step() as measure:
-                if measure and not last:
-                    self._sums = Accumulation(self._gradients)
+                if not last and (measure or self.balancer is not None):
+                    self._sums = accumulation_of(self._gradients)
                 yield measure, last
         self._open = None if last else measure
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
-from reconmtl.balance import Balancer
+from reconmtl.balance import Balancer, Source
 from reconmtl.errors import ProbeError, ProblemError, RunError
 from reconmtl.gram import Gradients, Measured, check_losses
 from reconmtl.networks.pieces import take_apart
@@ -133,8 +133,13 @@ class RotoGrad(Balancer):
             raise ProblemError(f"RotoGrad: expected {len(tasks)} heads behind rotations, found {len(found)}.")
         self.heads = found
 
+    @property
+    def needs_graph(self) -> bool:
+        """See `Balancer`: gradients are taken, and scaled, at the features."""
+        return True
+
     def backward(
-        self, gradients: Gradients, losses: Mapping[str, Tensor], *, scale: Tensor | float = 1.0, measure: bool = True
+        self, gradients: Source, losses: Mapping[str, Tensor], *, scale: Tensor | float = 1.0, measure: bool = True
     ) -> Measured | None:
         """Add a step's gradients to `.grad`: of the trunk, the heads and the rotations."""
         check_losses(losses)
@@ -144,18 +149,20 @@ class RotoGrad(Balancer):
         measured = gradients.sweep(losses, retain_graph=True) if measure else None
         seen = [self._to_features(loss) for loss in losses.values()]
         shape = (len(seen), -1, *seen[0].z.shape[1:])
-        grads = torch.stack([s.grad for s in seen]).view(shape)
+        exact = seen[0].head.turn().dtype  # under autocast features have a shorter one
+        grads = torch.stack([s.grad.to(exact) for s in seen]).view(shape)
         norms = grads.flatten(1).norm(dim=1).clamp(min=1e-15)
         mean = grads.mean(0)
         common = (grads * (mean.norm() / norms).view(-1, *(1,) * mean.ndim)).mean(0).flatten(1)
         for s in seen:
             target = common[:, : s.head.size] @ s.head.turn().T
-            direction = (target - s.turned).pow(2).sum(1).mean()
+            direction = (target - s.turned.to(exact)).pow(2).sum(1).mean()
             parameters = list(s.head.rotation.parameters())
             for p, g in zip(parameters, torch.autograd.grad(direction, parameters), strict=True):
                 p.grad = g if p.grad is None else p.grad + g
         factors = self._factors(norms) if self.scale else torch.ones_like(norms)
-        torch.autograd.backward([s.z for s in seen], [s.grad * f for s, f in zip(seen, factors, strict=True)])
+        scaled = [(g.view_as(s.z) * f).to(s.z) for s, g, f in zip(seen, grads, factors, strict=True)]
+        torch.autograd.backward([s.z for s in seen], scaled)
         for head in self.heads:
             head.seen = None
         return measured

@@ -75,6 +75,9 @@ METHODS: dict[str, dict[str, Any]] = {
     "split": {"plan": PLAN, "record": True},
     "own": {"own": True},
     "single": {"method": "single"},
+    "cagrad": {"method": "cagrad", "plan": PLAN, "record": True},
+    "graddrop": {"method": "graddrop"},
+    "geometric-mean": {"method": "geometric-mean"},
 }
 
 

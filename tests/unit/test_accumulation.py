@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from reconmtl.balance import BALANCERS, Balancer
 from reconmtl.errors import ProbeError
 from reconmtl.probing import Probe
 
@@ -83,3 +84,77 @@ def test_micro_batches_belong_to_one_step_of_the_schedule_and_a_failure_ends_it(
     assert probe.log.steps == 3
     with pytest.raises(ProbeError, match="pass `every` instead"):
         Probe(model, overhead=0.1).backward(_losses(model(x), x), last=False)
+
+
+@pytest.mark.parametrize("start", [0, 9])
+@pytest.mark.parametrize("spec", sorted({*BALANCERS} - {"joint", "rgw", "rlw"}))
+def test_balancers_act_on_the_accumulated_gradients(spec: str, start: int) -> None:
+    """Two steps in four micro-batches, one without two of the tasks, are those of the whole batch."""
+    torch.manual_seed(0)
+    model = Scales().double()
+    twin = copy.deepcopy(model)
+    optimizers, probes = [], []
+    for net in (model, twin):
+        probes.append(Probe(net, balancer=Balancer(spec, "abc"), start=start))
+        embedding = list(net.embed.parameters())
+        dense = [p for n, p in net.named_parameters() if n != "embed.weight"]
+        assert probes[-1].balancer is not None
+        optimizers.append(torch.optim.SGD([*dense, *embedding, *probes[-1].balancer.parameters()], lr=0.01))
+    for x in _batches(2, torch.float64):
+        x = x.round(decimals=1)
+        parts = x.split(4)
+        losses = _losses(model(x), x)
+        without = [p for i, p in enumerate(parts) if i != 1]
+        for t in "bc":
+            losses[t] = torch.stack([_losses(model(p), p)[t] for p in without]).sum() / 4
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        torch.manual_seed(1)
+        probes[0].backward(losses)
+        for i, part in enumerate(parts):
+            assert i == 0 or twin.first.weight.grad is None  # everything comes with the last one
+            some = {t: v / 4 for t, v in _losses(twin(part), part).items() if i != 1 or t == "a"}
+            torch.manual_seed(1)
+            probes[1].backward(some, last=i == 3)
+        for (name, p), q in zip(model.named_parameters(), twin.parameters(), strict=True):
+            assert p.grad is not None
+            assert q.grad is not None
+            assert p.grad.is_sparse == q.grad.is_sparse
+            torch.testing.assert_close(q.grad.to_dense(), p.grad.to_dense(), rtol=1e-7, atol=1e-11, msg=name)
+        for optimizer in optimizers:
+            optimizer.step()
+    learned = [[p.detach() for p in probe.balancer.parameters()] for probe in probes]  # type: ignore[union-attr]
+    torch.testing.assert_close(learned[0], learned[1])
+    if not start:
+        torch.testing.assert_close(probes[1].log.grams, probes[0].log.grams, rtol=1e-9, atol=1e-14)
+
+
+def test_what_no_micro_batch_has_stays_without_a_gradient_and_other_leaves_get_theirs() -> None:
+    torch.manual_seed(0)
+    model, outer = Scales().double(), torch.ones((), dtype=torch.float64, requires_grad=True)
+    model.unused = nn.Linear(2, 2).double()
+    (x,) = _batches(1, torch.float64)
+    probe = Probe(model, balancer="mgda")
+    for i, part in enumerate(x.split(8)):
+        probe.backward({t: v * outer for t, v in _losses(model(part), part).items()}, last=i == 1)
+    expected = sum(float(v.detach()) for part in x.split(8) for v in _losses(model(part), part).values())
+    assert outer.grad is not None
+    assert float(outer.grad) == pytest.approx(expected)
+    assert model.unused.weight.grad is None
+
+
+def test_a_scaled_loss_and_methods_that_need_one_graph() -> None:
+    torch.manual_seed(0)
+    model = Scales()
+    (x,) = _batches(1, torch.float32)
+    found = []
+    for scaler in (None, torch.amp.GradScaler("cpu", init_scale=1024.0)):
+        model.zero_grad()
+        probe = Probe(model, balancer="cagrad:c=0.4")
+        for i, part in enumerate(x.split(8)):
+            probe.backward(_losses(model(part), part), scaler=scaler, last=i == 1)
+        found.append({n: p.grad.to_dense() for n, p in model.named_parameters() if p.grad is not None})
+    for name, grad in found[0].items():
+        torch.testing.assert_close(found[1][name] / 1024, grad, rtol=1e-4, atol=1e-6)
+    with pytest.raises(ProbeError, match=r"MGDA .* does not go with micro-batches"):
+        Probe(model, balancer="mgda:at=features").backward(_losses(model(x), x), last=False)

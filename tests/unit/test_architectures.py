@@ -158,6 +158,20 @@ def test_one_seed_gives_every_balancer_the_same_start_and_joint_is_the_sum() -> 
         torch.testing.assert_close(same.model().state_dict()[name], value)
 
 
+@pytest.mark.parametrize("method", ["joint", "cagrad", "graddrop", "uw", "famo", "rotograd:m=6", "mmoe", "single"])
+def test_mixed_precision_trains_nearly_the_same_network(method: str) -> None:
+    """After eight steps, two per cent of the way that the weights have gone."""
+    ways = []
+    for precision in ("32-true", "bf16-mixed"):
+        machine = rm.Machine(accelerator="cpu", precision=precision)
+        (run,) = rm.fit(problem(), method=method, machine=machine)
+        (start,) = rm.fit(problem(), method=method, machine=machine, lr=1e-30)
+        states = [torch.cat([v.flatten() for v in r.model().state_dict().values()]) for r in (run, start)]
+        assert all(s.dtype == torch.float32 for s in states)
+        ways.append(states[0] - states[1])
+    assert (ways[0] - ways[1]).norm() <= 0.02 * ways[0].norm()
+
+
 def test_bmtas_trains_the_tree_that_it_found(tmp_path: Path) -> None:
     plan = rm.Plan(tasks=("a", "b"), layers=["first.linear"])
     (run,) = rm.fit(problem(), method="bmtas:epochs=2,resource_weight=0", plan=plan, out=tmp_path)

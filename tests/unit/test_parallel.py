@@ -290,26 +290,76 @@ def check_weights() -> None:
 
 
 def check_balancers() -> None:
-    """The update is that of one process with the whole batch; what is drawn at random is drawn once for all."""
-    x = batch(dtype=torch.float64)
-    for spec in ("cagrad", "mgda", "pcgrad", "graddrop", "uw", "rlw", "db-mtl", "gradnorm"):
-        alone, model = network(torch.float64), network(torch.float64)
-        torch.manual_seed(0)
-        Probe(alone, balancer=Balancer(spec, TASKS), group=False).backward(losses(alone(x), x))
-        for start in (0, 3):  # measured, and not
-            torch.manual_seed(dist.get_rank())
-            for p in model.parameters():
-                p.grad = None
-            probe = Probe(model, balancer=Balancer(spec, TASKS), group=dist.group.WORLD, start=start)
-            probe.backward(losses(model(part(x)), part(x)))
-            if spec not in ("pcgrad", "graddrop", "rlw"):  # these draw; compared below
-                same_grads(model, grads(alone), 1e-9)
-            mine = torch.cat([g.flatten() for g in grads(model).values()])
-            first = mine.clone()
+    """Three steps are those of one process with the whole batch; what is drawn at random is drawn once for all."""
+    for spec in ("joint", "cagrad", "mgda", "pcgrad", "graddrop", "config", "uw", "famo", "rlw", "db-mtl", "gradnorm"):
+        for start in (0, 9):  # measured, and not
+            alone, model = network(torch.float64), network(torch.float64)
+            trained = []
+            for net, group, own in ((alone, False, 0), (model, dist.group.WORLD, dist.get_rank())):
+                torch.manual_seed(own)
+                balancer = Balancer(spec, TASKS)
+                probe = Probe(net, balancer=balancer, group=group, start=start)
+                optimizer = torch.optim.SGD([*net.parameters(), *balancer.parameters()], lr=0.1, momentum=0.9)
+                for step in range(3):
+                    x = batch(dtype=torch.float64, seed=step)
+                    x = x if group is False else part(x)
+                    optimizer.zero_grad()
+                    probe.backward(losses(net(x), x))
+                    optimizer.step()
+                    probe.again(losses(net(x), x))
+                trained.append(torch.cat([p.detach().flatten() for p in [*net.parameters(), *balancer.parameters()]]))
+            first = trained[1].clone()
             dist.broadcast(first, 0)
-            assert torch.equal(mine, first), spec
-            if dist.get_rank() == 0 and spec in ("pcgrad", "graddrop"):
+            assert torch.equal(trained[1], first), spec
+            if dist.get_rank() == 0 or spec not in ("pcgrad", "graddrop", "rlw"):  # drawn by the first process
+                assert (trained[1] - trained[0]).norm() <= 1e-9 * trained[0].norm(), spec
+
+
+def check_balancers_under_autocast() -> None:
+    """In bfloat16 the processes' products are rounded one by one: as near as that is, and the same everywhere."""
+    for spec in ("joint", "cagrad", "graddrop", "imtl-l"):
+        found = []
+        for precise, group in ((True, False), (False, False), (False, dist.group.WORLD)):
+            net, x = network(), batch()
+            x = x if group is False else part(x)
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=not precise):
+                values = losses(net(x), x)
+            torch.manual_seed(0)
+            Probe(net, balancer=Balancer(spec, TASKS), group=group).backward(values)
+            assert all(g.dtype == torch.float32 for g in grads(net).values())
+            found.append(torch.cat([g.flatten() for g in grads(net).values()]))
+        equal_everywhere(found[2])
+        for rounded in found[1:]:
+            assert (rounded - found[0]).norm() <= 0.02 * found[0].norm(), spec
+
+
+def check_balanced_micro_batches() -> None:
+    """A balancer acts on what all processes have accumulated; no process, and no micro-batch, need have every task."""
+    micro = [batch(dtype=torch.float64, seed=s) for s in (1, 2, 3)]
+    have = [TASKS, ("a", "b"), TASKS]
+    for spec in ("cagrad:c=0.4", "graddrop", "imtl-l", "db-mtl", "gradnorm"):
+        alone = network(torch.float64)
+        torch.manual_seed(0)
+        expected = Probe(alone, balancer=Balancer(spec, TASKS), group=False)
+        for k, (x, tasks) in enumerate(zip(micro, have, strict=True)):
+            expected.backward(losses(alone(x), x, tasks), last=k == 2)
+        for wrapped in (True, False):
+            net = network(torch.float64)
+            model = DistributedDataParallel(net, find_unused_parameters=True) if wrapped else net
+            balancer = Balancer(spec, TASKS)
+            torch.manual_seed(dist.get_rank())
+            probe = Probe(model, balancer=balancer, group=None if wrapped else dist.group.WORLD)
+            for k, (x, tasks) in enumerate(zip(micro, have, strict=True)):
+                with model.no_sync() if wrapped and k < 2 else nullcontext():  # type: ignore[operator]
+                    probe.backward(losses(model(part(x)), part(x), tasks), last=k == 2)
+            if spec != "graddrop" or dist.get_rank() == 0:  # drawn by the first process
                 same_grads(model, grads(alone), 1e-9)
+            equal_everywhere(probe.log.grams, *grads(model).values())
+            torch.testing.assert_close(probe.log.grams, expected.log.grams, rtol=1e-9, atol=1e-12, equal_nan=True)
+    wrapper, x = DistributedDataParallel(network()), part(batch())
+    probe = Probe(wrapper, balancer="mgda")
+    with wrapper.no_sync():
+        refused("say that more micro-batches", lambda: probe.backward(losses(wrapper(x), x)))
 
 
 def check_failures() -> None:
@@ -627,6 +677,7 @@ QUICK = (
     check_batch_statistics,
     check_missing_tasks,
     check_without_wrapper,
+    check_balancers,
     check_failures,
     check_volume,
 )
@@ -634,7 +685,8 @@ MORE = (
     check_training,
     check_micro_batches,
     check_weights,
-    check_balancers,
+    check_balanced_micro_batches,
+    check_balancers_under_autocast,
     check_refusals,
     check_static_graph,
     check_budget,

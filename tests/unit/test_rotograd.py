@@ -157,6 +157,8 @@ def test_its_state_goes_on_and_what_cannot_be_is_refused() -> None:
         RotoGrad(model, TASKS, scale=False).load_state_dict(roto.state_dict())
     with pytest.raises(ProbeError, match="all tasks"):
         probe.backward({"a": losses(model)["a"]})
+    with pytest.raises(ProbeError, match="RotoGrad works on gradients where the shared part"):
+        probe.backward(losses(model), last=False)
     with pytest.raises(ProblemError, match="does not say what it is made of"):
         rotated(nn.Linear(2, 2), 2)
     with pytest.raises(ProblemError, match="9, but there are 7"):
