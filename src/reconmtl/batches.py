@@ -97,17 +97,25 @@ def check_outputs(outputs: Any, tasks: Iterable[str]) -> None:  # noqa: ANN401 w
 
 
 def select(output: Any, at: Tensor | None) -> Any:  # noqa: ANN401 whatever the model returns
-    """The rows of an output (tensor, or containers of tensors) that have a target."""
+    """The rows of an output, or of targets (tensor, or containers of tensors); None takes all as they are."""
 
     def rows(leaf: Any) -> Any:  # noqa: ANN401
         if not isinstance(leaf, Tensor):
             raise ProblemError(
-                f"Some targets are missing, but rows cannot be taken from an output that holds {type(leaf).__name__}; "
-                "return tensors, or containers of tensors."
+                "Some samples of a batch are wanted (targets are missing, or halves are compared), but rows cannot "
+                f"be taken from an output or target that holds {type(leaf).__name__}; use tensors, or containers of "
+                "tensors."
             )
         return leaf[at]
 
     return output if at is None else _map(rows, output)
+
+
+def length(values: Any) -> int:  # noqa: ANN401 nested containers of tensors
+    """Samples in a batch of targets: the length of its first tensor; 0 without any."""
+    found: list[int] = []
+    _map(lambda leaf: found.append(len(leaf)) if isinstance(leaf, Tensor) and leaf.ndim else None, values)
+    return found[0] if found else 0
 
 
 def call(model: nn.Module, inputs: Any) -> Any:  # noqa: ANN401 whatever the model takes and returns

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -120,7 +121,7 @@ def probe(options: ProbeSettings, faults: Faults) -> Answer:
     folder = _folder(options, decided)
     names = ["log"] if len(decided.seeds) == 1 else [f"seed{s}/log" for s in decided.seeds]
     jobs = [
-        Job(decided, "probe", s, str(folder / n), accelerator=options.accelerator)
+        Job(decided, "probe", s, str(folder / n), accelerator=options.accelerator, null=options.null)
         for s, n in zip(decided.seeds, names, strict=True)
     ]
     _do(options, jobs)
@@ -138,6 +139,7 @@ def rank(options: RankSettings, faults: Faults) -> Answer:
     """Order layers by their conflicts, and write a plan."""
     from reconmtl.conflicts import ConflictLog, check_severity
     from reconmtl.jobs import plan_by
+    from reconmtl.nulls import excess
     from reconmtl.reporting.tables import layers_table
 
     found = list(faults)
@@ -175,6 +177,8 @@ def rank(options: RankSettings, faults: Faults) -> Answer:
         plan = plan_by(log, ranking, options.by, options.top, seed=options.seed)
     if plan is not None and options.out is not None:
         plan.save(options.out)
+    beyond = excess(log, severity=options.severity) if log.counts is None and log.steps else None
+    by_chance = {} if beyond is None else {n: _finite(*v) for n, *v in beyond.rows()}
     data = {
         "format": "reconmtl.ranking/1",
         "severity": options.severity,
@@ -182,11 +186,14 @@ def rank(options: RankSettings, faults: Faults) -> Answer:
         "tasks": list(log.tasks),
         "layers": [
             {"name": n, "score": s, "measured": m, "parameters": log.sizes[n], "noise": n in ranking.noise}
+            | dict(zip(("chance", "beyond", "p"), by_chance.get(n, (None, None, None)), strict=True))
             for n, s, m in zip(ranking.layers, ranking.scores, ranking.measured, strict=True)
         ],
         "plan": None if plan is None else plan.to_dict(),
     }
-    lines = [layers_table(ranking, ranking.top(len(ranking.layers)) if plan is None else plan)]
+    lines = [layers_table(ranking, ranking.top(len(ranking.layers)) if plan is None else plan, beyond)]
+    if beyond is not None:
+        lines.append(f"Chance is {beyond.source}; p is of one layer, from a block bootstrap over steps.")
     if plan is not None:
         added = (len(plan.tasks) - 1) * sum(log.sizes[n] for n in plan.layers)
         lines.append(
@@ -373,6 +380,11 @@ def paper(options: PaperSettings, faults: Faults) -> Answer:
         pages[name] = experiments.page(name, setup, seeds)
     missing = [f"{n}, seed {s}: {why}" for n, s, why in lacking]
     return _answer(options, {"pages": pages, "missing": missing}, "\n\n".join(pages.values()), 3 if lacking else 0)
+
+
+def _finite(*values: float) -> tuple[float | None, ...]:
+    """JSON has no NaN."""
+    return tuple(v if math.isfinite(v) else None for v in values)
 
 
 def _say_nothing(line: str) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -20,7 +21,7 @@ from reconmtl.errors import RunError, SeverityError
 from reconmtl.files import read_json, write_bytes, write_json
 from reconmtl.ranking import Ranking as Ranking
 
-FORMAT = "reconmtl.log/1"
+FORMAT, WITH_NULL = "reconmtl.log/1", "reconmtl.log/2"
 NOISE = 1e-6
 """A layer whose gradient norm stays below this fraction of the largest layer's carries rounding noise, no signal."""
 
@@ -141,6 +142,8 @@ class ConflictLog:
         sizes: Parameters of each layer that are shared.
         types: Class name of each layer.
         every: One of how many training steps was measured.
+        null: The same for the gradients of one half of each batch less those of the other, if they were recorded: what
+            the batch's noise alone does, see `nulls.excess`. It may have fewer steps.
     """
 
     def __init__(
@@ -152,6 +155,7 @@ class ConflictLog:
         sizes: Mapping[str, int],
         types: Mapping[str, str],
         every: int = 1,
+        null: ConflictLog | None = None,
     ) -> None:
         expected = (len(layers), len(tasks) * (len(tasks) + 1) // 2)
         grams = record if isinstance(record, Tensor) else torch.empty(0, *expected)
@@ -167,6 +171,9 @@ class ConflictLog:
         self.sizes = {n: int(sizes[n]) for n in layers}
         self.types = {n: types[n] for n in layers}
         self.every = every
+        self.null = null
+        if null is not None and (null.tasks != self.tasks or null.layers != self.layers):
+            raise RunError("Expected a null of the same tasks and layers.")
 
     @property
     def grams(self) -> Tensor:
@@ -254,20 +261,33 @@ class ConflictLog:
         return power.sqrt() < NOISE * power.max().sqrt()
 
     def window(self, start: int, stop: int) -> ConflictLog:
-        """The same log restricted to measured steps start <= step < stop.
+        """The same log restricted to measured steps start <= step < stop; its null too if that has as many steps.
 
         Raises:
             RunError: If the log holds counts and these are no borders of its windows.
         """
-        return self._with(self._grams[start:stop] if self.counts is None else self.counts.window(start, stop))
+        part = self._with(self._grams[start:stop] if self.counts is None else self.counts.window(start, stop))
+        alike = self.null is not None and self.null.steps == self.steps
+        return part.with_null(self.null.window(start, stop)) if self.null is not None and alike else part
+
+    def with_null(self, null: ConflictLog | None) -> ConflictLog:
+        """The same log with another null, or none."""
+        return self._with(self._grams if self.counts is None else self.counts, null)
 
     def counted(self) -> ConflictLog:
         """The same log with counts in place of Gram matrices."""
-        return self if self.counts is not None else self._with(count(self.grams, len(self.tasks)))
+        null = None if self.null is None else self.null.counted()
+        return self if self.counts is not None else self._with(count(self.grams, len(self.tasks)), null)
 
-    def _with(self, record: Tensor | Counts) -> ConflictLog:
+    def _with(self, record: Tensor | Counts, null: ConflictLog | None = None) -> ConflictLog:
         return ConflictLog(
-            record, tasks=self.tasks, layers=self.layers, sizes=self.sizes, types=self.types, every=self.every
+            record,
+            tasks=self.tasks,
+            layers=self.layers,
+            sizes=self.sizes,
+            types=self.types,
+            every=self.every,
+            null=null,
         )
 
     def rank(self, *, severity: float) -> Ranking:
@@ -285,7 +305,7 @@ class ConflictLog:
         return Ranking(self, scored, severity=severity, possible=possible, error=error)
 
     def merge(self, others: Sequence[ConflictLog]) -> ConflictLog:
-        """Append the steps of other logs (other seeds, say) of the same tasks and layers.
+        """Append the steps of other logs (other seeds, say) of the same tasks and layers; nulls too if all have one.
 
         Raises:
             RunError: If tasks or layers differ.
@@ -293,33 +313,47 @@ class ConflictLog:
         for other in others:
             if other.tasks != self.tasks or other.layers != self.layers or other.sizes != self.sizes:
                 raise RunError("Only logs of the same tasks and layers can be merged; these differ.")
+        nulls = [log.null for log in others if log.null is not None]
+        null = self.null.merge(nulls) if self.null is not None and len(nulls) == len(others) else None
         if all(log.counts is None for log in (self, *others)):
-            return self._with(torch.cat([self.grams, *(o.grams for o in others)]))
+            return self._with(torch.cat([self.grams, *(o.grams for o in others)]), null)
         total, *rest = (log.counted().counts for log in (self, *others))
         for part in rest:
             assert total is not None  # counted() logs hold counts
             assert part is not None
             total = total.added(part)
         assert total is not None
-        return self._with(total)
+        return self._with(total, null)
 
     def save(self, path: str | Path) -> None:
-        """Write the log into a folder: `log.json`, and `grams.safetensors` or `counts.safetensors`."""
+        """Write the log into a folder: `log.json`, `grams.safetensors` or `counts.safetensors`, and a null beside it.
+
+        Only a log with a null has the newer format: what knows nothing of nulls refuses it.
+        """
         folder = Path(path)
-        kind = "grams" if self.counts is None else "counts"
-        content = {"grams": self._grams.contiguous()} if self.counts is None else self.counts.tensors()
-        write_bytes(folder / f"{kind}.safetensors", lambda temporary: save_file(content, temporary))
+        kind = self._save(folder)
+        about: dict[str, object] = {}
+        if self.null is not None:
+            about = {"null": {"record": self.null._save(folder, "null-"), "steps": self.null.steps}}
         write_json(
             folder / "log.json",
             {
-                "format": FORMAT,
+                "format": FORMAT if self.null is None else WITH_NULL,
                 "tasks": list(self.tasks),
                 "layers": [{"name": n, "parameters": self.sizes[n], "type": self.types[n]} for n in self.layers],
                 "every": self.every,
                 "record": kind,
                 "steps": self.steps,
+                **about,
             },
         )
+
+    def _save(self, folder: Path, prefix: str = "") -> str:
+        """Write the record and return its kind."""
+        kind = "grams" if self.counts is None else "counts"
+        content = {"grams": self._grams.contiguous()} if self.counts is None else self.counts.tensors()
+        write_bytes(folder / f"{prefix}{kind}.safetensors", lambda temporary: save_file(content, temporary))
+        return kind
 
     @classmethod
     def load(cls, path: str | Path) -> ConflictLog:
@@ -327,8 +361,8 @@ class ConflictLog:
         folder = Path(path)
         source = folder / "log.json"
         data = read_json(source, RunError)
-        if not isinstance(data, dict) or data.get("format") != FORMAT:
-            raise RunError(f"{source}: field 'format' should be {FORMAT!r}.")
+        if not isinstance(data, dict) or data.get("format") not in (FORMAT, WITH_NULL):
+            raise RunError(f"{source}: field 'format' should be {FORMAT!r} or {WITH_NULL!r}.")
         tasks, layers, every = data.get("tasks"), data.get("layers"), data.get("every")
         if not isinstance(tasks, list) or not all(isinstance(t, str) for t in tasks):
             raise RunError(f"{source}: field 'tasks' should be a list of names.")
@@ -343,32 +377,44 @@ class ConflictLog:
             raise RunError(f"{source}: field 'layers' should list objects with name, parameters and type.")
         if type(every) is not int or not 1 <= every < 2**53:
             raise RunError(f"{source}: field 'every' should be a positive whole number.")
-        kind = data.get("record", "grams")
-        if kind not in ("grams", "counts"):
-            raise RunError(f"{source}: field 'record' should be 'grams' or 'counts'.")
-        file = folder / f"{kind}.safetensors"
-        record: Tensor | Counts
-        try:
-            content = load_file(file)
-            record = content["grams"] if kind == "grams" else Counts.from_tensors(content)
-        except FileNotFoundError:
-            raise RunError(f"There is no file {file}.") from None
-        except (OSError, KeyError, SafetensorError, RunError) as cause:
+        about = data.get("null")
+        if (data["format"] == WITH_NULL) != isinstance(about, dict):
             raise RunError(
-                f"{file} cannot be read as a log's {'Gram matrices' if kind == 'grams' else 'counts'}: {cause}."
-            ) from None
-        steps = record.steps if isinstance(record, Counts) else record.shape[0] if record.ndim == 3 else None
-        if steps != data.get("steps") or (isinstance(record, Tensor) and not record.is_floating_point()):
-            found = list(record.shape) if isinstance(record, Tensor) else f"{steps} steps"
-            raise RunError(f"{file}: expected [{data.get('steps')}, layers, pairs] floats, found {found}.")
-        try:
-            return cls(
-                record,
-                tasks=tasks,
-                layers=[e["name"] for e in layers],
-                sizes={e["name"]: e["parameters"] for e in layers},
-                types={e["name"]: e["type"] for e in layers},
-                every=every,
+                f"{source}: field 'null' should be an object with record and steps, and only in {WITH_NULL}."
             )
+        record = _read(folder, source, data)
+        noise = None if about is None else _read(folder, source, about, "null-")
+        shape: dict[str, Any] = {
+            "tasks": tasks,
+            "layers": [e["name"] for e in layers],
+            "sizes": {e["name"]: e["parameters"] for e in layers},
+            "types": {e["name"]: e["type"] for e in layers},
+            "every": every,
+        }
+        try:
+            return cls(record, **shape, null=None if noise is None else cls(noise, **shape))
         except (RunError, KeyError) as cause:
-            raise RunError(f"{source} and {file.name} do not belong together: {cause}") from None
+            raise RunError(f"{source} and the records beside it do not belong together: {cause}") from None
+
+
+def _read(folder: Path, source: Path, about: Mapping[str, Any], prefix: str = "") -> Tensor | Counts:
+    """A record as `log.json` tells of it."""
+    kind = about.get("record", "grams")
+    if kind not in ("grams", "counts"):
+        raise RunError(f"{source}: field 'record' should be 'grams' or 'counts'.")
+    file = folder / f"{prefix}{kind}.safetensors"
+    record: Tensor | Counts
+    try:
+        content = load_file(file)
+        record = content["grams"] if kind == "grams" else Counts.from_tensors(content)
+    except FileNotFoundError:
+        raise RunError(f"There is no file {file}.") from None
+    except (OSError, KeyError, SafetensorError, RunError) as cause:
+        raise RunError(
+            f"{file} cannot be read as a log's {'Gram matrices' if kind == 'grams' else 'counts'}: {cause}."
+        ) from None
+    steps = record.steps if isinstance(record, Counts) else record.shape[0] if record.ndim == 3 else None
+    if steps != about.get("steps") or (isinstance(record, Tensor) and not record.is_floating_point()):
+        found = list(record.shape) if isinstance(record, Tensor) else f"{steps} steps"
+        raise RunError(f"{file}: expected [{about.get('steps')}, layers, pairs] floats, found {found}.")
+    return record

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from reconmtl.batches import ALL, Sets, Targets, call, sets_of
 from reconmtl.problem import Problem
+from reconmtl.randomness import random_states, set_random_states
 from reconmtl.splitting import view
 from reconmtl.splitting.storage import record
 
@@ -42,9 +43,26 @@ class Forward:
 
     def losses(self, batches: Batches) -> dict[str, Tensor]:
         """Weighted loss of each task that the batches have targets for, in the order of the tasks."""
+        return self._losses(batches, None)
+
+    def with_differences(self, batches: Batches) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The losses, and from the same forward pass what sets the halves of the batch apart.
+
+        See `Problem.differences`; they draw no random numbers that the training would draw.
+        """
+        apart: dict[str, Tensor] = {}
+        losses = self._losses(batches, apart)
+        return losses, {t: apart[t] for t in losses if t in apart}
+
+    def _losses(self, batches: Batches, apart: dict[str, Tensor] | None) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}
         for own, (inputs, targets) in batches.items():
-            found |= self.problem.losses(self(own, inputs), targets)
+            outputs = self(own, inputs)
+            found |= self.problem.losses(outputs, targets)
+            if apart is not None:
+                before = random_states()
+                apart |= self.problem.differences(outputs, targets)
+                set_random_states(before)
         return {t: found[t] for t in self.problem.task_names if t in found}
 
 

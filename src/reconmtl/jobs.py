@@ -35,6 +35,7 @@ class Job:
         plan: A given plan, as plain data.
         accelerator: As Lightning Fabric names them.
         loggers: Names of loggers, see `find_logger`.
+        null: Of a probe: record what the batch's noise alone does, too.
     """
 
     decided: Decided
@@ -46,6 +47,7 @@ class Job:
     plan: str | None = None
     accelerator: str = "auto"
     loggers: tuple[str, ...] = ()
+    null: bool = False
 
     def __str__(self) -> str:
         return f"{self.method} seed {self.seed}"
@@ -73,7 +75,8 @@ def do(job: Job) -> None:
     )
     if job.method == "probe":
         problem = way(job.base).change(problem)
-        probe(problem, epochs=decided.probe_epochs, seed=job.seed, out=job.out, resume=True, machine=machine)
+        length = decided.probe_epochs
+        probe(problem, epochs=length, seed=job.seed, null=job.null, out=job.out, resume=True, machine=machine)
         return
     base, by = split_method(job.method)
     plan = None if job.plan is None else Plan.load(job.plan)

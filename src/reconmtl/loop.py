@@ -74,6 +74,7 @@ class Job:
         seed: Of initialisation and batches.
         record: Measure one of so many steps; 0 none.
         overhead: Instead: the share of training time that measuring may add.
+        null: Record what the batch's noise alone does, too.
         machine: Where and how it runs.
         description: Shown beside the progress bar and in errors.
         stop: Train only so many epochs of the recipe's schedule; None trains all.
@@ -91,6 +92,7 @@ class Job:
     seed: int
     record: int
     overhead: float | None = None
+    null: bool = False
     machine: Machine
     description: str
     stop: int | None = None
@@ -250,13 +252,16 @@ class _Training:
         problem, fabric, model = self.job.problem, self.fabric, self.model
         batches = draw(problem, problem.train, indices, fabric.device)
         with fabric.autocast():
-            losses = self.forward.losses(batches)
+            if self.job.null:
+                losses, null = self.forward.with_differences(batches)
+            else:
+                losses, null = self.forward.losses(batches), None
         if not self._share(losses, batches, indices):
             return
         self.optimizer.zero_grad()
         loss = torch.stack([v.detach() for v in losses.values()]).sum() if losses else torch.zeros_like(self.total)
         if self.probe is not None:
-            self.probe.backward(losses)
+            self.probe.backward(losses, null=null)
         elif losses:
             fabric.backward(torch.stack(list(losses.values())).sum())
         if self.replicas is not None:

@@ -10,12 +10,14 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
+from torch import Tensor
 
 from reconmtl.conflicts import ConflictLog, check_severity
-from reconmtl.errors import RunError
+from reconmtl.errors import RunError, nearest
 
 Floats = npt.NDArray[np.float64]
 
@@ -24,6 +26,9 @@ BLOCK = 20
 
 SAMPLES = 1000
 """Resampled recordings."""
+
+STARTS = 4096
+"""Steps at which a block may begin, about; of longer recordings some are left out."""
 
 LEAST = 2.0
 """Fewest dimensions: two random directions in a plane."""
@@ -79,9 +84,10 @@ class Excess:
         layers: Names.
         severity: The S that was counted with.
         shares: Share of cosines below S, in [0, 1], [layers]; NaN where nothing was measured.
-        dimensions: Effective dimensions, 1 / mean squared cosine, [layers].
-        chance: Share that random directions of so many dimensions give, [layers].
+        dimensions: Effective dimensions, 1 / mean squared cosine, [layers]; of what the null is made of.
+        chance: Share that unrelated gradients give, [layers].
         p: One-sided p of the excess being zero, from a block bootstrap over steps, [layers].
+        null: Where `chance` comes from, see `excess`.
     """
 
     layers: tuple[str, ...]
@@ -90,6 +96,7 @@ class Excess:
     dimensions: Floats
     chance: Floats
     p: Floats
+    null: Literal["analytic", "sampled"]
 
     @property
     def excess(self) -> Floats:
@@ -102,13 +109,40 @@ class Excess:
         key = np.nan_to_num(self.excess, nan=-math.inf)
         return tuple(self.layers[i] for i in np.argsort(-key, kind="stable"))
 
+    def rows(self) -> list[tuple[str, float, float, float]]:
+        """Per layer: name, share by chance, share beyond it, p."""
+        return list(zip(self.layers, self.chance.tolist(), self.excess.tolist(), self.p.tolist(), strict=True))
 
-def excess(log: ConflictLog, *, severity: float, block: int = BLOCK, samples: int = SAMPLES, seed: int = 0) -> Excess:
+    @property
+    def source(self) -> str:
+        """Where `chance` comes from, in words."""
+        if self.null == "sampled":
+            return "sampled from the differences between halves of batches"
+        return "that of random directions of as many dimensions as the layer's cosines show"
+
+
+def excess(
+    log: ConflictLog,
+    *,
+    severity: float,
+    null: Literal["analytic", "sampled"] | None = None,
+    block: int = BLOCK,
+    samples: int = SAMPLES,
+    seed: int = 0,
+) -> Excess:
     """Compare every layer's conflicts with those of unrelated gradients at that layer.
+
+    Two nulls are known. "analytic": two random directions in a space of as many dimensions as the layer's own cosines
+    show; a relation between the tasks makes these fewer, and chance larger than it is. "sampled", for a log that holds
+    what the noise of a batch does (`probe(null=True)`): gradients of one half of a batch less those of the other, where
+    everything that the tasks stand for cancels; either sign of each is as likely, so that the share of cosines c with
+    c < S, and of those with -c < S, count alike. Noise that tasks have in common, because they see the same images,
+    makes this null wider, never narrower.
 
     Args:
         log: A log of Gram matrices.
         severity: The paper's S, in (-1, 0].
+        null: Which; the sampled one if there is one.
         block: Steps that are drawn together, because neighbouring ones are alike.
         samples: Resampled recordings behind a p.
         seed: Of the resampling.
@@ -118,44 +152,77 @@ def excess(log: ConflictLog, *, severity: float, block: int = BLOCK, samples: in
 
     Raises:
         SeverityError: If severity is outside (-1, 0].
-        RunError: If the log holds counts, or nothing.
+        RunError: If the log holds counts, or nothing, or a null is asked for that it does not have.
 
     Reference: Künsch, The jackknife and the bootstrap for general stationary observations, Ann. Statist. 1989.
     """
     check_severity(severity)
     if not log.steps or not log.layers:
         raise RunError("The log is empty: there is nothing to compare with chance.")
-    cosines = log.cosines().numpy()
-    there = ~np.isnan(cosines)
-    threshold = cosines.dtype.type(severity)
-    # Per step and layer: conflicts, squared cosines, cosines; sums over steps are all that is needed.
-    parts = np.stack(
-        [
-            (cosines < threshold).sum(2),
-            np.where(there, cosines.astype(np.float64) ** 2, 0).sum(2),
-            there.sum(2),
-        ]
-    ).astype(np.float64)
-    size = max(1, min(block, log.steps // 4 or 1))
-    starts = np.arange(log.steps - size + 1)
-    sums = np.concatenate([np.zeros_like(parts[:, :1]), parts.cumsum(1)], axis=1)
-    blocks = sums[:, starts + size] - sums[:, starts]  # [3, blocks, layers]: all that overlap
-
-    def statistics(total: Floats) -> tuple[Floats, Floats, Floats]:
-        with np.errstate(divide="ignore", invalid="ignore"):
-            shares = total[0] / total[2]
-            dimensions = np.clip(total[2] / total[1], LEAST, MOST)
-        return shares, dimensions, chance_below(np.nan_to_num(dimensions, nan=LEAST), severity)
-
-    shares, dimensions, chance = statistics(parts.sum(1))
+    if null is None:
+        null = "analytic" if log.null is None else "sampled"
+    if null == "sampled" and (log.null is None or not log.null.steps):
+        raise RunError("The log holds no null to sample from: record it with `probe(null=True)`, or take the analytic.")
+    if null not in ("analytic", "sampled"):
+        raise RunError(f"Unknown null {null!r}. {nearest(str(null), ('analytic', 'sampled'))}")
     draw = np.random.default_rng(seed)
-    number = max(1, round(log.steps / size))
-    weights = draw.multinomial(number, np.full(len(starts), 1 / len(starts)), size=samples).astype(np.float64)
-    drawn = np.einsum("sb,kbl->ksl", weights, blocks)
-    again, _, by_chance = statistics(drawn)
+    found = _Sums.of(log.cosines(), severity, block)
+    noise = _Sums.of(log.null.cosines(), severity, block) if null == "sampled" and log.null is not None else None
+    whole = found.total, found.total if noise is None else noise.total
+    again = found.drawn(samples, draw)
+    both = again, again if noise is None else noise.drawn(samples, draw)
+    shares, dimensions, chance = _statistics(*whole, severity, null)
+    drawn, _, by_chance = _statistics(*both, severity, null)
     centre = shares - chance
     # the spread of the excess around its value tells how often chance alone would reach it
-    reached = (again - by_chance) - centre >= centre
+    reached = (drawn - by_chance) - centre >= centre
     p = (1 + reached.sum(0)) / (1 + samples)
-    p = np.where(np.isnan(shares), math.nan, p)
-    return Excess(log.layers, severity, shares, dimensions, chance, p)
+    p = np.where(np.isnan(centre), math.nan, p)
+    return Excess(log.layers, severity, shares, dimensions, chance, p, null)
+
+
+def _statistics(measured: Floats, noise: Floats, severity: float, null: str) -> tuple[Floats, Floats, Floats]:
+    """Shares of conflicts, effective dimensions, and chance, [..., layers], of sums [4, ..., layers]."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        shares = measured[0] / measured[3]
+        dimensions = np.clip(noise[3] / noise[2], LEAST, MOST)
+        sampled = (noise[0] + noise[1]) / (2 * noise[3])
+    if null == "sampled":
+        return shares, dimensions, sampled
+    return shares, dimensions, chance_below(np.nan_to_num(dimensions, nan=LEAST), severity)
+
+
+@dataclass(frozen=True)
+class _Sums:
+    """Sums over steps: cosines below S, below S with the other sign, squares of cosines, how many.
+
+    Attributes:
+        total: Over all steps, [4, layers].
+        blocks: Over blocks of neighbouring steps, which overlap, [4, blocks, layers].
+        number: How many blocks make a recording.
+    """
+
+    total: Floats
+    blocks: Floats
+    number: int
+
+    @classmethod
+    def of(cls, cosines: Tensor, severity: float, block: int) -> _Sums:
+        values = cosines.numpy()
+        there = ~np.isnan(values)
+        threshold = values.dtype.type(severity)
+        steps = len(values)
+        squares = np.where(there, values.astype(np.float64) ** 2, 0)
+        parts = np.stack([(values < threshold).sum(2), (-values < threshold).sum(2), squares.sum(2), there.sum(2)])
+        parts = parts.astype(np.float64)
+        size = max(1, min(block, steps // 4 or 1))
+        starts = np.arange(0, steps - size + 1, 1 + steps // STARTS)
+        sums = np.concatenate([np.zeros_like(parts[:, :1]), parts.cumsum(1)], axis=1)
+        return cls(parts.sum(1), sums[:, starts + size] - sums[:, starts], max(1, round(steps / size)))
+
+    def drawn(self, samples: int, draw: np.random.Generator) -> Floats:
+        """Sums over recordings that are drawn from the blocks, [4, samples, layers]."""
+        among = self.blocks.shape[1]
+        weights = draw.multinomial(self.number, np.full(among, 1 / among), size=samples).astype(np.float64)
+        found: Floats = np.einsum("sb,kbl->ksl", weights, self.blocks, optimize=True)
+        return found

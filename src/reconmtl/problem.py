@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import IterableDataset
 
-from reconmtl.batches import ALL, Data, Sets, Targets, check_outputs, fetch, move, select, sets_of
+from reconmtl.batches import ALL, Data, Sets, Targets, check_outputs, fetch, length, move, select, sets_of
 from reconmtl.batches import call as call
 from reconmtl.errors import PlanError, ProblemError, UnknownNameError, nearest
 from reconmtl.fingerprints import mark_of
@@ -337,6 +337,27 @@ class Problem:
                     )
                 losses[task.name] = loss * task.weight
         return losses
+
+    def differences(self, outputs: Mapping[str, Any], targets: Targets) -> dict[str, Tensor]:
+        """Weighted loss of each task on one half of the batch less that on the other.
+
+        Its gradient is nothing but noise of the batch. A task with fewer than two samples is left out; the last one of
+        an odd number is.
+
+        Raises:
+            ProblemError: If the samples of an output or a target cannot be told apart.
+        """
+        found = {}
+        for task in self.tasks:
+            values, at = targets.get(task.name, (None, None))
+            n = length(values) // 2
+            if n == 0:
+                continue
+            output, device = outputs[task.name], None if at is None else at.device
+            halves = torch.arange(2 * n, device=device).view(2, n)
+            first, second = (task.loss(select(output, h if at is None else at[h]), select(values, h)) for h in halves)
+            found[task.name] = (first - second) * task.weight
+        return found
 
 
 def _runnable(model: object, tasks: object, sets: Iterable[Any], recipe: object) -> bool:

@@ -50,9 +50,7 @@ class Recorder:
             gram: Inner products [layers, tasks, tasks], kept as they are.
             skip: Leave the step out if it is not finite, as a gradient scaler does, instead of raising an error.
         """
-        self._tasks += [t for t in layout.tasks if t not in self._tasks]
-        for s in layout.segments:
-            self._sizes[s.layer] = max(self._sizes.get(s.layer, 0), s.stop - s.start)
+        self.know(layout)
         if self._pending is not None:
             before, grams, skipping = self._pending
             if not _alike(before, layout) or skipping != skip or len(grams) == CHUNK:
@@ -60,6 +58,18 @@ class Recorder:
         if self._pending is None:
             self._pending = (layout, [], skip)
         self._pending[1].append(gram)
+
+    def know(self, layout: Layout) -> None:
+        """Give tasks and layers their places, in the order in which they are first seen."""
+        self._tasks += [t for t in layout.tasks if t not in self._tasks]
+        for s in layout.segments:
+            self._sizes[s.layer] = max(self._sizes.get(s.layer, 0), s.stop - s.start)
+
+    @property
+    def recorded(self) -> bool:
+        """Whether there is a step."""
+        self._flush()
+        return bool(self._chunks) or self._counts is not None
 
     def _flush(self) -> None:
         if self._pending is None:

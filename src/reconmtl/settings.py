@@ -94,6 +94,14 @@ class ProbingOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class NullOptions:
+    """What is recorded besides."""
+
+    null: Flag = False
+    """Record what the noise of a batch alone does too, from its halves: `rank` then samples chance at each layer."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class SplittingOptions:
     """How many layers are split, and what is recorded afterwards."""
 
@@ -213,6 +221,7 @@ class ProbeSettings(
     ProblemOptions,
     TrainingOptions,
     ProbingOptions,
+    NullOptions,
     MachineOptions,
     ParallelOptions,
     JobsOptions,

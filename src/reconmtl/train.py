@@ -43,6 +43,7 @@ def probe(
     seed: int = 0,
     every: int = 1,
     overhead: float | None = None,
+    null: bool = False,
     out: str | Path | None = None,
     resume: bool = False,
     overwrite: bool = False,
@@ -59,6 +60,9 @@ def probe(
         every: Measure one step of so many.
         overhead: Instead: the share of training time that measuring may add, e.g. 0.1. Which steps are measured then
             depends on times; what is trained does not.
+        null: Record too what the noise of a batch alone does to the tasks' gradients: those of one half of the batch
+            less those of the other, from the same forward pass. `nulls.excess` then samples how often unrelated
+            gradients would conflict at each layer. Measuring takes about twice as long; what is trained stays the same.
         out: Folder to write the log to, and the state of the training while it runs.
         resume: Go on in `out` where a probe was stopped; one that is finished is read.
         overwrite: Replace what is in `out`.
@@ -68,7 +72,8 @@ def probe(
         The log.
 
     Raises:
-        ReconError: If epochs exceed the schedule, the balancer is unknown, or nothing is shared.
+        ReconError: If epochs exceed the schedule, the balancer is unknown, nothing is shared, or a null is asked for
+            where the samples of a batch cannot be told apart or several processes train.
 
     Reference: Shi et al., Recon, ICLR 2023, Algorithm 1.
     """
@@ -77,6 +82,8 @@ def probe(
         raise ProblemError(f"epochs = {epochs!r}: expected 1 to {problem.recipe.epochs}, the length of the schedule.")
     if every < 1:
         raise ProblemError(f"every = {every!r}: expected a whole number of steps, at least 1.")
+    if null and (machine or Machine()).ranks().size > 1:
+        raise ProblemError("null=True compares the halves of whole batches: it works in one process.")
     job = Job(
         problem=problem,
         plan=None,
@@ -84,6 +91,7 @@ def probe(
         seed=seed,
         record=every,
         overhead=overhead,
+        null=null,
         machine=machine or Machine(),
         description=f"probe seed {seed}",
         stop=epochs,
@@ -107,6 +115,7 @@ def probe(
             "recipe": problem.recipe.to_dict(),
             "machine": job.machine.identity(),
         }
+        | ({"null": True} if null else {})
     )
     ranks, where = job.machine.ranks(), Path(out)
     folder = ranks.first(lambda: _prepared(where, config, None, resume=resume, overwrite=overwrite))

@@ -114,13 +114,14 @@ def test_it_opens_fast_and_quietly_on_every_screen(
         "scores",
         "cosines",
         "training",
+        "chance",
         "stability",
         "reading",
         "reproduce",
     ):
         assert shown.page.locator(f"section#{key}").count() == 1, key
-    assert shown.page.locator("section .conclusion").count() == 7
-    for key in ("plan", "conflicts", "scores", "cosines", "training", "stability"):
+    assert shown.page.locator("section .conclusion").count() == 8
+    for key in ("plan", "conflicts", "scores", "cosines", "training", "chance", "stability"):
         assert shown.page.locator(f"#{key} svg").count() >= 1, key
     ink, paper = (
         shown.page.evaluate(f"getComputedStyle(document.body).{name}") for name in ("color", "backgroundColor")
@@ -178,6 +179,7 @@ def test_the_pointer_shows_exact_numbers_of_two_tasks(chromium: Any, two: Path, 
         "#plan .layer[data-tip]",
         "#cosines rect.catch",
         "#training path.target",
+        "#chance .rank[data-tip]",
         "#stability .rank[data-tip]",
     ):
         marked = shown.page.locator(selector).nth(2)

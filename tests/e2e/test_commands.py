@@ -71,6 +71,17 @@ def test_rank_says_what_is_missing_and_a_budget_or_control_can_be_chosen(say: Sa
         assert piece in said.err
 
 
+def test_a_probe_with_a_null_makes_rank_sample_what_chance_gives(say: Say) -> None:
+    assert say("probe", *QUICK, "--out", "plain").code == say("probe", *QUICK, "--null", "--out", "p").code == 0
+    plain, found = (say("rank", f"{name}/log", "--json").json["layers"] for name in ("plain", "p"))
+    assert [layer["score"] for layer in plain] == [layer["score"] for layer in found]
+    assert [layer["chance"] for layer in plain] != [layer["chance"] for layer in found]
+    assert all(0 < layer["p"] <= 1 and abs(layer["beyond"]) <= 1 for layer in found)
+    said = say("rank", "p/log", "--top", "2").out
+    assert "by chance (%)" in said and "halves of batches" in said
+    assert "halves of batches" not in say("rank", "plain/log").out
+
+
 def test_fit_refuses_what_cannot_be_trained_before_anything_is_made(say: Say) -> None:
     Plan(tasks=["plus", "minus"], layers=["blokcs.1"]).save("wrong.json")
     Plan(tasks=["plus", "other"], layers=["blocks.1"]).save("tasks.json")

@@ -152,3 +152,32 @@ def test_truncated_grams_are_named(tmp_path: Path) -> None:
     file.unlink()
     with pytest.raises(RunError, match="There is no file"):
         ConflictLog.load(tmp_path)
+
+
+def test_a_null_is_kept_by_windows_merges_and_files_and_has_a_format_of_its_own(tmp_path: Path) -> None:
+    first, second = make_log(two_task_grams([[0.1], [0.2], [-0.4]])), make_log(two_task_grams([[0.5], [-0.6], [0.7]]))
+    log = first.with_null(second)
+    assert first.null is None and log.null is second
+    part = log.window(1, 3).null
+    assert part is not None and torch.equal(part.grams, second.grams[1:3])
+    assert first.with_null(second.window(0, 2)).window(0, 1).null is None  # whose steps these are is not known
+    twice = log.merge([log]).null
+    assert twice is not None and twice.steps == 6 and log.merge([first]).null is None
+    first.save(tmp_path / "plain")
+    assert json.loads((tmp_path / "plain" / "log.json").read_text())["format"] == "reconmtl.log/1"
+    for name, saved in (("grams", log), ("counts", log.counted())):
+        saved.save(tmp_path / name)
+        assert json.loads((tmp_path / name / "log.json").read_text())["format"] == "reconmtl.log/2"
+        again = ConflictLog.load(tmp_path / name)
+        assert again.null is not None
+        assert torch.equal(again.null.scores(severity=-0.1), second.scores(severity=-0.1))
+    content = json.loads((tmp_path / "grams" / "log.json").read_text())
+    del content["null"]
+    (tmp_path / "grams" / "log.json").write_text(json.dumps(content))
+    with pytest.raises(RunError, match="'null'"):
+        ConflictLog.load(tmp_path / "grams")
+    (tmp_path / "counts" / "null-counts.safetensors").unlink()
+    with pytest.raises(RunError, match="null-counts"):
+        ConflictLog.load(tmp_path / "counts")
+    with pytest.raises(RunError, match="same tasks"):
+        first.with_null(make_log(two_task_grams([[0.1, 0.2]])))

@@ -10,7 +10,7 @@ from reconmtl.errors import RunError
 from reconmtl.reporting import report
 from studies import network_names, write_study
 
-NAMES = {"methods", "plan", "conflicts", "pairs", "scores", "cosines", "training", "stability"}
+NAMES = {"methods", "plan", "conflicts", "pairs", "scores", "cosines", "training", "chance", "stability"}
 
 
 @pytest.mark.slow

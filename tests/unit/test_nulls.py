@@ -81,3 +81,52 @@ def test_layers_without_measurements_and_empty_logs() -> None:
         excess(log.window(0, 0), severity=-0.1)
     with pytest.raises(SeverityError):
         excess(log, severity=0.1)
+
+
+def with_null(gradients: list[torch.Tensor], noise: list[torch.Tensor]) -> ConflictLog:
+    return make_log(gradients).with_null(make_log(noise))
+
+
+def test_a_steady_conflict_does_not_widen_the_sampled_null_as_it_does_the_analytic_one() -> None:
+    torch.manual_seed(3)
+    sizes = [6, 60]
+    meaning = [torch.stack([torch.ones(n), -torch.ones(n)])[None] for n in sizes]  # fixed directions, opposed
+    noise = [2 * torch.randn(600, 2, n) for n in sizes]
+    log = with_null([m + x for m, x in zip(meaning, noise, strict=True)], [torch.randn(600, 2, n) for n in sizes])
+    sampled, analytic = (excess(log, severity=-0.1, null=n) for n in ("sampled", "analytic"))
+    truth = chance_below(sizes, -0.1)
+    np.testing.assert_allclose(sampled.chance, truth, atol=0.03)
+    assert analytic.chance[1] > truth[1] + 0.05
+    assert (sampled.excess > analytic.excess).all() and (sampled.p < 0.01).all()
+    np.testing.assert_allclose(sampled.dimensions, sizes, rtol=0.2)
+    assert excess(log, severity=-0.1).null == "sampled" and excess(make_log(noise), severity=-0.1).null == "analytic"
+
+
+def test_the_sampled_null_counts_either_sign_alike_and_unrelated_gradients_have_no_excess() -> None:
+    torch.manual_seed(4)
+    sizes = [4, 16, 256]
+    together = [torch.randn(500, 1, n) for n in sizes]  # noise of the same images: cosines above zero
+    log = with_null([torch.randn(500, 2, n) for n in sizes], [torch.randn(500, 2, n) for n in sizes])
+    found = excess(log, severity=-0.1)
+    assert np.abs(found.excess).max() < 0.06 and (found.p > 0.005).all()
+    common = [torch.randn(500, 2, n) + 0.5 * c for n, c in zip(sizes, together, strict=True)]
+    wider = excess(log.with_null(make_log(common)), severity=-0.1)
+    assert (wider.chance >= found.chance - 0.03).all()
+    cosines = make_log(common).cosines()
+    share = ((cosines < -0.1).double() + (-cosines < -0.1).double()).mean((0, 2)) / 2
+    np.testing.assert_allclose(wider.chance, share.numpy())
+
+
+def test_a_null_that_is_not_there_is_refused() -> None:
+    log = make_log([torch.randn(20, 2, 4)])
+    with pytest.raises(RunError, match="null=True"):
+        excess(log, severity=-0.1, null="sampled")
+    with pytest.raises(RunError, match="analytic"):
+        excess(log, severity=-0.1, null="analytical")  # type: ignore[arg-type]
+
+
+def test_a_long_recording_is_drawn_from_as_many_starts_as_a_shorter_one() -> None:
+    torch.manual_seed(5)
+    log = make_log([torch.randn(20000, 2, 8)])
+    found = excess(log, severity=-0.1, samples=50)
+    assert abs(float(found.excess[0])) < 0.02 and found.p[0] > 0.01

@@ -24,7 +24,7 @@ from reconmtl.reporting.windows import Windows
 from reconmtl.runs import Run
 from studies import conflict_log, material, network_names, write_study
 
-KEYS = ["comparison", "plan", "conflicts", "scores", "cosines", "training", "stability"]
+KEYS = ["comparison", "plan", "conflicts", "scores", "cosines", "training", "chance", "stability"]
 EVIL = ["<script>alert(1)</script>", '" onload="alert(2)', "</script><img src=x onerror=alert(3)>", "a&b'c\u202e\x07"]
 
 

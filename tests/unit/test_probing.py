@@ -620,3 +620,66 @@ def test_layers_that_stay_shared_behind_a_split_equal_the_oracle(split: list[str
     for (name, p), q in zip(twin.named_parameters(), new.parameters(), strict=True):
         assert p.grad is not None
         torch.testing.assert_close(q.grad, p.grad, rtol=1e-9, atol=1e-12, msg=name)
+
+
+def _halves(outputs: dict[str, Tensor], x: Tensor) -> dict[str, Tensor]:
+    first, second = (_losses({t: o[part] for t, o in outputs.items()}, x[part]) for part in (slice(0, 8), slice(8, 16)))
+    return {t: first[t] - second[t] for t in first}
+
+
+@pytest.mark.parametrize("engine", ["flat", "delta"])
+def test_a_null_holds_the_differences_between_halves_and_leaves_the_update_alone(engine: Engine) -> None:
+    torch.manual_seed(0)
+    model = Small().double()
+    twin = copy.deepcopy(model)
+    probe, plain = Probe(twin, engine=engine), Probe(model, engine=engine)
+    for x in _batches(4, torch.float64):
+        torch.manual_seed(3)
+        plain.backward(_losses(model(x), x))
+        torch.manual_seed(3)
+        out = twin(x)
+        apart = _halves(out, x)
+        expected = [
+            [torch.cat([g.flatten() for g in torch.autograd.grad(d, list(m.parameters()), retain_graph=True)])]
+            for m in (twin.first, twin.norm, twin.second)
+            for d in apart.values()
+        ]
+        probe.backward(_losses(out, x), null=apart)
+        rows = torch.stack([v for (v,) in expected[6:9]])  # of `second`
+        null = probe.log.null
+        assert null is not None
+        upper = torch.triu_indices(3, 3)
+        torch.testing.assert_close(null.grams[-1, 2], (rows @ rows.T)[upper[0], upper[1]], rtol=1e-9, atol=1e-15)
+    for (name, p), q in zip(model.named_parameters(), twin.parameters(), strict=True):
+        assert (p.grad is None) == (q.grad is None), name
+        if p.grad is not None and q.grad is not None:
+            assert torch.equal(p.grad, q.grad), name
+    assert torch.equal(probe.log.grams, plain.log.grams)
+    assert probe.log.null is not None and probe.log.null.steps == probe.log.steps == 4 and plain.log.null is None
+
+
+def test_a_null_goes_on_where_it_was_stopped_and_what_does_not_go_with_it_is_refused() -> None:
+    torch.manual_seed(0)
+    model, (x,) = Small(), _batches(1, torch.float32)
+    whole, parts = Probe(model), Probe(model)
+    for _ in range(3):
+        out = model(x)
+        whole.backward(_losses(out, x), null=_halves(out, x))
+        out = model(x)
+        parts.backward(_losses(out, x), null=_halves(out, x))
+        state, parts = parts.state_dict(), Probe(model)
+        parts.load_state_dict(state)
+    assert whole.log.null is not None and parts.log.null is not None
+    assert parts.log.null.steps == whole.log.null.steps == 3
+    out = model(x)
+    losses, apart = _losses(out, x), _halves(out, x)
+    with pytest.raises(ProbeError, match="micro-batches"):
+        parts.backward(losses, null=apart, last=False)
+    with pytest.raises(ProbeError, match="scaled"):
+        parts.backward(losses, null=apart, scaler=torch.amp.GradScaler("cpu"))
+    with pytest.raises(ProbeError, match="tasks without a loss"):
+        parts.backward({"a": losses["a"], "b": losses["b"]}, null=apart)
+    some = {"a": apart["a"], "c": apart["c"]}
+    parts.backward(losses, null=some)
+    assert parts.log.null is not None and parts.log.null.tasks == parts.log.tasks
+    assert parts.log.null.cosines()[-1].isnan().sum(1).tolist() == [2] * 3

@@ -282,3 +282,27 @@ def test_optimizers_are_built_as_asked() -> None:
 
     own = RECIPE.override(optimizer=torch.optim.Adagrad, param_groups=groups).make_optimizer(model)
     assert isinstance(own, torch.optim.Adagrad) and [g["lr"] for g in own.param_groups] == [5.0, 0.1]
+
+
+def test_differences_are_those_of_the_halves_that_have_targets() -> None:
+    def loss(output: Tensor, target: Tensor) -> Tensor:
+        return (output * target).sum()
+
+    problem = Problem(
+        model=lambda: nn.Linear(1, 1),
+        tasks=[Task("a", loss=loss, weight=2.0), Task("b", loss=loss), Task("c", loss=loss), Task("d", loss=loss)],
+        train=[(torch.zeros(1), {})] * 3,
+        test=[(torch.zeros(1), {})] * 3,
+        recipe=Recipe(epochs=1, batch_size=1, lr=0.1),
+    )
+    row = torch.tensor([1.0, 10.0, 100.0, 1000.0, 10000.0])
+    ones = torch.ones(5)
+    targets: Any = {
+        "a": (ones, None),  # the fifth has no partner
+        "b": (torch.tensor([1.0, 1.0]), torch.tensor([3, 1])),
+        "c": (torch.tensor([1.0]), torch.tensor([0])),  # one sample has no halves
+    }
+    found = problem.differences(dict.fromkeys("abcd", row), targets)
+    assert {t: v.item() for t, v in found.items()} == {"a": 2 * (11 - 1100), "b": 1000 - 10}
+    with pytest.raises(ProblemError, match="rows cannot be taken"):
+        problem.differences({"a": ["x"] * 5}, {"a": (ones, None)})

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from reconmtl.comparing import compare
 from reconmtl.conflicts import TABLE_EDGES, ConflictLog
+from reconmtl.nulls import excess
 from reconmtl.plan import Plan
 from reconmtl.reporting.tables import conflicts_table, layers_table, summary
 from reconmtl.runs import Run
@@ -134,3 +135,17 @@ def test_shares_are_of_the_pairs_that_were_measured_and_noise_is_marked() -> Non
 def test_a_training_without_a_measured_pair_has_no_distribution() -> None:
     table = conflicts_table(compare([run("joint", (0, 0, 0, 0, 0)), run("x", (1, 1, 1, 1, 1))]).rows)
     assert table is not None and "nan" not in table and table.count(" n/a |") == 6
+
+
+def test_beside_the_score_stands_what_chance_gives_and_the_rank_without_it() -> None:
+    torch.manual_seed(0)
+    scatter = 0.45 * torch.randn(100, 1).clamp(-2, 2)
+    log = log_of(torch.cat([scatter, -0.2 + 0.01 * torch.randn(100, 1)], 1))
+    ranking, found = log.rank(severity=-0.1), excess(log, severity=-0.1)
+    header, _, *rows = layers_table(ranking, ranking.top(2), found).split("\n")
+    titles, *cells = ([c.strip() for c in line.split("|")[1:-1]] for line in (header, *rows))
+    assert titles[-4:] == ["by chance (%)", "beyond", "p", "rank beyond"]
+    for line in cells:
+        i = found.layers.index(line[0])
+        assert line[-4:-1] == [f"{100 * found.chance[i]:.1f}", f"{100 * found.excess[i]:+.1f}", f"{found.p[i]:.3f}"]
+        assert found.order[int(line[-1]) - 1] == line[0]

@@ -396,3 +396,26 @@ def test_single_task_training_goes_on_in_the_task_where_it_was_stopped(tmp_path:
     assert found.metrics == expected.metrics
     lines = [(tmp_path / n / "seed0" / "metrics.jsonl").read_text() for n in ("whole", "stopped")]
     assert lines[0] == lines[1]
+
+
+def test_a_null_changes_nothing_that_is_trained_and_comes_back_from_disk(tmp_path: Path) -> None:
+    plain = rm.probe(_problem(), epochs=2)
+    log = rm.probe(_problem(), epochs=2, null=True, out=tmp_path)
+    assert torch.equal(log.grams, plain.grams) and plain.null is None
+    again = rm.probe(_problem(), epochs=2, null=True, out=tmp_path, resume=True)
+    for found in (log, again):
+        assert found.null is not None and found.null.steps == log.steps
+        assert found.null.layers == log.layers
+    assert again.null is not None and log.null is not None and torch.equal(again.null.grams, log.null.grams)
+    with pytest.raises(RunError, match="null"):
+        rm.probe(_problem(), epochs=2, out=tmp_path / "plain")
+        rm.probe(_problem(), epochs=2, null=True, out=tmp_path / "plain", resume=True)
+
+
+def test_a_loss_that_draws_numbers_draws_the_same_ones_beside_a_null() -> None:
+    def noisy(output: Tensor, target: Tensor) -> Tensor:
+        return ((output + torch.rand_like(output) - target) ** 2).mean()
+
+    tasks = [rm.Task(t, loss=noisy) for t in ("a", "b")]
+    plain, other = (rm.probe(_problem(tasks=tasks), epochs=1, null=n) for n in (False, True))
+    assert torch.equal(plain.grams, other.grams)

@@ -13,6 +13,7 @@ import numpy as np
 from reconmtl.errors import RunError
 from reconmtl.files import write_bytes
 from reconmtl.reporting.axes import spread_out
+from reconmtl.reporting.chance import Chance
 from reconmtl.reporting.cosines import THRESHOLD, Distributions
 from reconmtl.reporting.curves import Learning, Scores
 from reconmtl.reporting.heatmap import Heatmap, nice_top
@@ -79,6 +80,7 @@ def save(material: Material, windows: Windows | None, folder: Path) -> list[Path
         "scores": (Scores.of(material, windows), draw_scores),
         "cosines": (Distributions.of(material), draw_cosines),
         "training": (Learning.of(material), draw_training),
+        "chance": (Chance.of(material), draw_chance),
         "stability": (Stability.of(material, windows), draw_stability),
     }
     written = []
@@ -297,6 +299,23 @@ def draw_training(learning: Learning) -> Figure:
         frameon=False,
         fontsize=7,
     )
+    return figure
+
+
+def draw_chance(found: Chance) -> Figure:
+    """Each layer's conflicts, and how many chance gives."""
+    order, of = found.order, found.found
+    names = [of.layers[i] for i in order]
+    figure, axes = _axes(5.0, 0.6 + 0.13 * len(order))
+    for row, i in enumerate(order):
+        colour = SPLIT if of.layers[i] in found.split else REST
+        ends = [100 * of.chance[i], 100 * of.shares[i]]
+        axes.plot(ends, [row, row], color=colour, lw=1.5, alpha=0.45, solid_capstyle="butt")
+        axes.plot(ends[:1], [row], "|", ms=5, color=colour)
+        axes.plot(ends[1:], [row], "o", ms=3, color=colour)
+    _names(axes, names, size=6, dark=found.split)
+    axes.set_xlim(left=0)
+    axes.set_xlabel(minus(f"pairs with cos < {of.severity:g} (%): bar by chance, dot as counted"))
     return figure
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from reconmtl.errors import RunError
 from reconmtl.files import write_bytes
-from reconmtl.reporting import cosines, curves, heatmap, methods, network, stability
+from reconmtl.reporting import chance, cosines, curves, heatmap, methods, network, stability
 from reconmtl.reporting.markup import Html, join, tag
 from reconmtl.reporting.material import Material, gather
 from reconmtl.reporting.windows import Windows
@@ -98,6 +98,7 @@ def sections(material: Material, windows: Windows | None) -> list[Section]:
         curves.section_scores(material, windows),
         cosines.section(material),
         curves.section_learning(material),
+        chance.section(material),
         stability.section(material, windows),
     ]
 

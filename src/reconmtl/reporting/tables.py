@@ -9,15 +9,23 @@ import torch
 
 from reconmtl.comparing import Comparison, Row, grid, readable
 from reconmtl.conflicts import TABLE_EDGES, Ranking, distribution
+from reconmtl.nulls import Excess
 from reconmtl.plan import Plan
 
 
-def layers_table(ranking: Ranking, plan: Plan) -> str:
+def layers_table(ranking: Ranking, plan: Plan, beyond: Excess | None = None) -> str:
     """List the chosen layers, most conflicts first.
 
     Columns: name (with a mark if its gradients are rounding noise), rank, type, parameters, conflicts, and their share
-    of the gradient pairs that were measured at this layer.
+    of the gradient pairs that were measured at this layer; with `beyond` also the share that chance gives, what is
+    beyond it (points), its p, and the rank by that.
     """
+    more: dict[str, list[str]] = {}
+    if beyond is not None:
+        again = {n: str(i) for i, n in enumerate(beyond.order, start=1)}
+        for name, chance, rest, p in beyond.rows():
+            told = [readable(100 * chance, digits=1), readable(100 * rest, digits=1, sign=True)]
+            more[name] = [*told, "n/a" if math.isnan(p) else f"{p:.3f}", again[name]]
     rows = [
         [
             f"{name} (rounding noise)" if name in ranking.noise else name,
@@ -26,13 +34,15 @@ def layers_table(ranking: Ranking, plan: Plan) -> str:
             f"{ranking.sizes[name]:,}",
             f"{score}",
             readable(100 * score / measured if measured else math.nan, digits=1),
+            *more.get(name, []),
         ]
         for i, (name, score, measured) in enumerate(
             zip(ranking.layers, ranking.scores, ranking.measured, strict=True), start=1
         )
         if name in plan.layers
     ]
-    return grid(["layer", "rank", "type", "parameters", "conflicts", "% of pairs"], rows)
+    titles = ["layer", "rank", "type", "parameters", "conflicts", "% of pairs"]
+    return grid(titles + (["by chance (%)", "beyond", "p", "rank beyond"] if more else []), rows)
 
 
 def conflicts_table(
