@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from reconmtl.batches import ALL
+from reconmtl.batches import ALL, Data, sets_of
 from reconmtl.comparing import grid
 from reconmtl.errors import ProblemError
 from reconmtl.forward import Batches, Forward, draw
@@ -17,6 +17,9 @@ from reconmtl.layers import find_layers
 from reconmtl.probing import Probe
 from reconmtl.problem import Problem
 from reconmtl.randomness import seeded
+
+LOOKED = 10_000
+"""Samples that are looked at in search of a task's targets."""
 
 
 def layer_table(model: nn.Module, losses: Mapping[str, Tensor] | None = None) -> str:
@@ -77,6 +80,46 @@ def covering(problem: Problem) -> Tensor:
     if missing:
         raise ProblemError(f"No training sample has a target for {missing}; is that the key in the data set's items?")
     return torch.tensor(chosen)
+
+
+def without_targets(problem: Problem) -> list[str]:
+    """Tasks for which a data set has no target at all: nothing to train on, or nothing to judge.
+
+    Samples are drawn at random until every task was seen, so that this is quick unless there is something to say. Of a
+    large set `LOOKED` samples are looked at; what is rarer than that is left to the training.
+
+    Returns:
+        A sentence per data set.
+    """
+    told = []
+    for what in ("train", "test", "val"):
+        data = getattr(problem, what)
+        for own, part in sets_of(data).items() if data is not None else ():
+            tasks = problem.tasks if own == ALL else [problem.task(own)]
+            names = [t.name for t in tasks if what == "train" or t.metrics]
+            missing = _unseen(problem, part, own, names)
+            if missing:
+                which = what if own == ALL else f"{what}[{own!r}]"
+                needed = "nothing to train on" if what == "train" else "nothing to judge by its metrics"
+                told.append(
+                    f"No sample of {which} has a target for {missing}: {needed}. Is that the key in the data set's "
+                    f"items? `reconmtl check PROBLEM` lists everything."
+                )
+    return told
+
+
+def _unseen(problem: Problem, data: Data, own: str, names: Sequence[str]) -> list[str]:
+    """The tasks without a target."""
+    missing = list(names)
+    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))
+    size = 1
+    while missing and len(order):
+        found = problem.batch(data, order[:size], torch.device("cpu"), own=own)[1]
+        missing = [t for t in missing if t not in found]
+        order, size = order[size:], min(2 * size, problem.recipe.batch_size)  # larger ones need not fit together
+        if len(data) - len(order) >= LOOKED:
+            return []
+    return missing
 
 
 def first_batches(problem: Problem, size: int = 0) -> Batches:

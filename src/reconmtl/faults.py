@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import traceback
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from reconmtl.batches import ALL, Data, Targets, call, fetch, leaves, move, select, sets_of
+from reconmtl.checking import LOOKED
 from reconmtl.errors import ProbeError, ReconError, SplitError, nearest
 from reconmtl.evaluation import evaluating, judge
 from reconmtl.findings import Checked, CheckedLayer, Finding, number_of
@@ -29,8 +31,6 @@ BATCH = 32
 """Samples of the batch, at most, unless more are needed to meet every task."""
 ENOUGH = 2
 """Samples with a task's target that the batch holds, where they exist: batch statistics need two."""
-LOOKED = 10_000
-"""Samples that are looked at in search of a task's targets."""
 
 FAILED: Any = object()
 
@@ -63,6 +63,10 @@ def check(problem: Problem | Callable[[], Problem]) -> Checked:
             for own, part in sets_of(data).items() if data is not None else ():
                 batches[what, own] = _batch(built, what, own, part, found)
         layers = _look(built, batches, found)
+        for task in built.tasks:
+            if not task.metrics:
+                text = "it has no metric: its quality stands in no table, and delta-m leaves it out"
+                found.append(Finding(f"task {task.name!r}", text, "warning"))
     order = sorted(dict.fromkeys(found), key=lambda f: f.severity)  # "fault" comes before "warning"
     targets: dict[str, dict[str, int]] = {}
     samples: dict[str, int] = {}
@@ -369,8 +373,10 @@ def _judge(problem: Problem, model: nn.Module, what: str, own: str, batch: _Batc
                     f"metric {metric.name!r}",
                     lambda: judge(metric, task.name, output, values, n),  # noqa: B023 called at once
                 )
-                if value is not FAILED and value != value:
-                    found.append(Finding(about, f"metric {metric.name!r} is NaN on a batch of {what}", "warning"))
+                if value is not FAILED and not math.isfinite(value):
+                    seen = f"{number_of(n, 'sample')} of {what}"
+                    text = f"metric {metric.name!r} is {value} on {seen}: no number that could be compared"
+                    found.append(Finding(about, text, "warning"))
 
 
 def _singles(problem: Problem, batches: Mapping[str, _Batch], found: list[Finding]) -> None:

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from reconmtl.architectures import way
-from reconmtl.checking import first_batches
+from reconmtl.checking import first_batches, without_targets
 from reconmtl.choices import Decided, find_logger, load_problem, split_method
 from reconmtl.conflicts import ConflictLog
-from reconmtl.errors import ProblemError
+from reconmtl.errors import ProblemError, ReconError
 from reconmtl.evaluation import Machine
 from reconmtl.forward import Forward
 from reconmtl.gram import Gradients
@@ -134,12 +134,23 @@ def rehearse(decided: Decided, plan: Plan | None = None) -> None:
     """Run a few samples through a fresh network: what would fail after hours fails now, before a folder is made.
 
     Raises:
-        ReconError: If nothing is shared, there are fewer than K layers, or the plan does not fit the network.
+        ReconError: If a task has no targets to train on or to be judged by, nothing is shared, there are fewer than K
+            layers, or the plan does not fit the network; everything that was found.
     """
     problem = load_problem(decided)
-    bases = [split_method(method)[0] for method in decided.methods]
-    for base in {way(b).base: b for b in bases if b != "single"}.values() or ["joint"]:
-        _rehearse(decided, way(base).change(problem), plan)
+    with seeded(decided.seeds[0]):
+        found = without_targets(problem)
+    if not any("to train on" in text for text in found):
+        bases = [split_method(method)[0] for method in decided.methods]
+        for base in {way(b).base: b for b in bases if b != "single"}.values() or ["joint"]:
+            try:
+                _rehearse(decided, way(base).change(problem), plan)
+            except ReconError as error:
+                if not found:
+                    raise
+                found.append(str(error))
+    if found:
+        raise ProblemError("\n".join(dict.fromkeys(found)))
 
 
 def _rehearse(decided: Decided, problem: Problem, plan: Plan | None) -> None:

@@ -1,9 +1,11 @@
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
 
 import reconmtl as rm
-from reconmtl.checking import covering
+from reconmtl.checking import covering, without_targets
 from reconmtl.errors import ProbeError, ProblemError
 from reconmtl.problems import planted
 
@@ -79,3 +81,40 @@ def test_a_data_set_sorted_by_task_is_looked_through_until_every_task_was_seen()
 def test_a_task_without_any_target_is_named() -> None:
     with pytest.raises(ProblemError, match=r"target for \['b'\]"):
         covering(_by_task("a"))
+
+
+def _sparse(tasks: tuple[str, ...], judged: tuple[str, ...] = ("a", "b"), **changes: Any) -> rm.Problem:
+    """Test samples have targets of these tasks; those that are judged have a metric."""
+    metric = rm.Metric("mae", lambda o, y: (o - y).abs().squeeze(1), best="min")
+    named = [rm.Task(t, loss=nn.functional.mse_loss, metrics=[metric] if t in judged else ()) for t in ("a", "b")]
+    return _by_task("a", "b").replace(**{"tasks": named, "test": ByTask(*tasks)} | changes)
+
+
+def test_a_task_with_metrics_needs_targets_in_every_set_that_judges_it() -> None:
+    assert without_targets(_sparse(("b", "a"))) == []
+    assert without_targets(_sparse(("a",), judged=("a",))) == []
+    told = without_targets(_sparse(("a",), train=ByTask("b"), val=ByTask("b")))
+    assert [line.split(":")[0] for line in told] == [
+        "No sample of train has a target for ['a']",
+        "No sample of test has a target for ['b']",
+        "No sample of val has a target for ['a']",
+    ]
+    own = _sparse(("a", "b"), train={"a": ByTask("a"), "b": ByTask("b")}, test={"a": ByTask("a"), "b": ByTask("a")})
+    assert [line.split(":")[0] for line in without_targets(own)] == ["No sample of test['b'] has a target for ['b']"]
+
+
+def test_the_search_for_targets_ends_early() -> None:
+    class Counted(ByTask):
+        seen = 0
+
+        def __len__(self) -> int:
+            return 10**6
+
+        def __getitem__(self, i: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+            Counted.seen += 1
+            return torch.randn(2), {"a": torch.zeros(1)}
+
+    assert without_targets(_sparse(("a",), judged=("a",), test=Counted("a"))) == []
+    assert Counted.seen == 1
+    assert without_targets(_sparse(("a",), test=Counted("a"))) == []  # it may be rare: not known before the end
+    assert 10_000 <= Counted.seen < 10_100

@@ -213,6 +213,26 @@ def test_a_warning_of_broadcasting_is_passed_on() -> None:
     assert any("target size" in f.says and f.about == "task 'a'" for f in checked.warnings), checked
 
 
+def test_a_task_without_metrics_and_metrics_that_are_no_numbers_are_warned_of() -> None:
+    def ratio(o: Tensor, y: Tensor) -> Tensor:
+        return error(o, y) / 0
+
+    def nothing(o: Tensor, y: Tensor) -> Tensor:
+        return 0 * ratio(o, y)
+
+    judged = rm.Task("b", loss=mse, metrics=[rm.Metric(f.__name__, f, best="min") for f in (ratio, nothing, error)])
+    checked = rm.check(_problem(tasks=[rm.Task("a", loss=mse), judged]))
+    assert checked.ok
+    told = [f"{f.about}: {f.says}" for f in checked.warnings]
+    for piece in (
+        "task 'a': it has no metric: its quality stands in no table, and delta-m leaves it out",
+        "task 'b': metric 'ratio' is inf on 8 samples of test",
+        "task 'b': metric 'nothing' is nan on 8 samples of test",
+    ):
+        assert sum(t.startswith(piece) for t in told) == 1, (piece, told)
+    assert not any("'error'" in t for t in told)
+
+
 def test_checking_changes_nothing_and_is_plain_data() -> None:
     torch.manual_seed(3)
     random.seed(3)

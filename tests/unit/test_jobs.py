@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from commandline import caller
 from logs import make_log, two_task_grams
 from reconmtl.choices import Decided, decide, split_method
 from reconmtl.errors import PlanError, ReconError, UnknownNameError
@@ -81,3 +82,58 @@ def test_the_rehearsal_finds_what_would_fail_later_and_leaves_the_random_state(d
             rehearse(decided, plan)
     with pytest.raises(PlanError, match="from 1 to 6"):
         rehearse(replace(decided, k=7))
+
+
+SPARSE = """
+from torch.utils.data import Dataset
+from reconmtl.problems import planted
+
+
+class Half(Dataset):
+    def __init__(self, of, task):
+        self.of, self.task = of, task
+
+    def __len__(self):
+        return len(self.of)
+
+    def __getitem__(self, i):
+        x, y = self.of[i]
+        return x, {t: v for t, v in y.items() if t != self.task}
+
+
+def make():
+    problem = planted.make()
+    return problem.replace(test=Half(problem.test, "minus"), val=Half(problem.test, "plus"))
+
+
+def nothing():
+    problem = make()
+    return problem.replace(train=Half(problem.train, "plus"))
+"""
+
+
+def test_tasks_without_targets_are_found_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    say = caller(tmp_path, monkeypatch, capsys)
+    (tmp_path / "sparse.py").write_text(SPARSE)
+    for command in (("run",), ("fit",), ("probe",), ("sweep", "--problems")):
+        k = () if command[0] in ("fit", "probe") else ("--k", "7")
+        said = say(*command, "sparse.py:make", *k, "--epochs", "2", "--seeds", "0")
+        assert said.code == 2 and not (tmp_path / "runs").exists()
+        for piece in ("No sample of test has a target for ['minus']", "No sample of val has a target for ['plus']"):
+            assert said.err.count(piece) == 1, said.err
+        assert not k or "K = 7 layers cannot be chosen" in said.err  # together with what else is wrong
+        assert "No sample of train has a target for ['plus']" in say(*command, "sparse.py:nothing").err
+    checked = say("check", "sparse.py:make")
+    assert checked.code == 2 and "task 'minus': no target in test" in checked.out
+
+
+def test_a_smoke_test_need_not_meet_every_task(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    say = caller(tmp_path, monkeypatch, capsys)
+    rare = SPARSE.replace("if t != self.task}", "if t != self.task or i > 100}")
+    (tmp_path / "sparse.py").write_text(rare)
+    said = say("fit", "sparse.py:make", "--fast-dev-run", "--json")
+    assert said.code == 0 and said.json["rows"][0]["metrics"]["minus"]["mse"]["mean"] is None
