@@ -39,6 +39,8 @@ NormStats = Literal["per-task", "shared"]
 Init = Literal["copy", "fresh"]
 NEVER = 2**62
 """A step that no training reaches."""
+LOOK = 50
+"""Steps after which the losses are looked at."""
 EVALUATIONS = 10
 """Evaluations spread over a training, the last one after the last epoch."""
 
@@ -177,6 +179,7 @@ class _Training:
         self.epoch = 1
         self.stepped = False  # whether the steps of this epoch are done and its evaluation comes next
         self.total = torch.zeros((), device=self.fabric.device)
+        self.recent: list[tuple[int, tuple[str, ...], Tensor]] = []  # steps, tasks and losses since they were looked at
         self.absent = dict.fromkeys(problem.task_names, 0)
         self.asked = self.due = False  # whether a signal, or the time, asks for a checkpoint after this step
         self.reached: set[str] = set()
@@ -215,12 +218,8 @@ class _Training:
                         progress.update()
                         self._save_if_due()
                     self.stepped = True
+                self._look()
                 mean = self.ranks.sum([float(self.total)])[0] / self.ranks.size / self.sampler.steps
-                if not math.isfinite(mean):
-                    raise RunError(
-                        f"{job.description}: the loss is {mean} in epoch {self.epoch}. Lower the learning rate "
-                        f"(lr = {job.problem.recipe.lr}), or look for a loss that divides by zero."
-                    )
                 progress.set_postfix_str(f"epoch {self.epoch}/{self.epochs}, loss {mean:.3f}")
                 try:
                     entry = self._evaluated(mean)
@@ -259,7 +258,8 @@ class _Training:
         if not self._share(losses, batches, indices):
             return
         self.optimizer.zero_grad()
-        loss = torch.stack([v.detach() for v in losses.values()]).sum() if losses else torch.zeros_like(self.total)
+        each = torch.stack([v.detach() for v in losses.values()]) if losses else self.total.new_zeros(1)
+        self.recent.append((self.sampler.step, tuple(losses), each))
         if self.probe is not None:
             self.probe.backward(losses, null=null)
         elif losses:
@@ -269,10 +269,42 @@ class _Training:
         if self.epoch == 1:
             self.reached.update(n for n, p in model.named_parameters() if p.grad is not None)
         self.optimizer.step()
-        self.total += loss
+        self.total += each.sum()
+        if len(self.recent) >= LOOK:
+            self._look()
         if self.probe is not None and self.balancer is not None and self.balancer.rule.looks_again:
             with torch.no_grad(), undisturbed(model), fabric.autocast():
                 self.probe.again(self.forward.losses(batches))
+
+    def _look(self) -> None:
+        """See whether the losses were finite; seldom, because this waits for the device.
+
+        Raises:
+            RunError: If one was not, on all processes; the tasks, the step and the way out are named.
+        """
+        if self.ranks.sum([float(not self.total.isfinite())])[0]:
+            first = next(((s, t, v) for s, t, v in self.recent if not v.isfinite().all()), None)
+            told = {}
+            if first is not None:
+                told = {t: v for t, v in zip(first[1], first[2].tolist(), strict=True) if not math.isfinite(v)}
+            at = None if first is None else first[0]
+            found = [(s, of) for s, of in self.ranks.gather((at, told)) if s is not None]
+            self.ranks.first(lambda: self._refuse(found))
+        self.recent.clear()
+
+    def _refuse(self, found: list[tuple[int, dict[str, float]]]) -> None:
+        step, worst = min(found, key=lambda one: one[0], default=(self.sampler.step, {}))
+        worst = {t: v for at, of in found if at == step for t, v in of.items()}
+        told = " and ".join(f"{v} for task {t!r}" for t, v in worst.items()) or "inf, as a sum over steps"
+        recipe, steps = self.job.problem.recipe, self.sampler.steps
+        if self.epoch == 1 and step == 1:
+            hint = "It was so at once: look for a loss that divides by zero, for targets or inputs that are not finite"
+        else:
+            hint = f"Lower the learning rate (lr = {recipe.lr}), or look for a loss that divides by zero"
+        raise RunError(
+            f"{self.job.description}: the loss is {told} in epoch {self.epoch}, step {step} of {steps}. {hint}; "
+            "`reconmtl check PROBLEM` looks at a batch of every task. Then repeat with --overwrite (or another --out)."
+        )
 
     def _share(self, losses: dict[str, Tensor], batches: Batches, indices: Indices) -> bool:
         """Weigh the losses so that the processes' mean is that of all their samples; False if there is none at all."""
@@ -330,6 +362,7 @@ class _Training:
     def _save(self) -> None:
         if self.job.checkpoint is None:
             return
+        self._look()  # what is saved can be continued
         about = {"epoch": self.epoch, "epochs": self.epochs, "seed": self.job.seed}
         path, state = self.job.checkpoint, self._state()
         self.ranks.share(self.model.buffers())

@@ -289,3 +289,71 @@ def test_a_full_disk_ends_in_a_sentence_and_keeps_what_was_saved(
     run = rm.fit(_problem(), out=tmp_path / "parts", resume=True)[0]
     assert run.metrics == whole.metrics
     assert _files(tmp_path / "parts") == _files(tmp_path / "whole")
+
+
+# Losses that are not finite. ------------------------------------------------------------------------------------------
+
+
+class Breaks:
+    """A loss that is as given from its n-th call on."""
+
+    def __init__(self, n: int, value: float) -> None:
+        self.n, self.value = n, value
+
+    def __call__(self, output: Tensor, target: Tensor) -> Tensor:
+        self.n -= 1
+        loss = nn.functional.mse_loss(output, target)
+        return loss if self.n > 0 else loss * 0 + self.value
+
+
+def _breaking(**at: tuple[int, float]) -> rm.Problem:
+    """Four steps per epoch; the second task is in every batch."""
+    tasks = [rm.Task(t, loss=Breaks(*at.get(t, (10**9, 0.0))), metrics=_problem().tasks[0].metrics) for t in TASKS]
+    return _problem(epochs=9).replace(tasks=tasks)
+
+
+LOWER = "Lower the learning rate (lr = 0.05)"
+BROKEN: list[tuple[dict[str, tuple[int, float]], str, str]] = [
+    ({"a": (7, torch.inf)}, "inf for task 'a' in epoch 2, step 3 of 4", LOWER),
+    # The second task's batch is empty in one of the first five steps.
+    ({"a": (5, -torch.inf), "b": (4, torch.nan)}, "-inf for task 'a' and nan for task 'b' in epoch 2, step 1", LOWER),
+    ({"b": (1, torch.nan)}, "nan for task 'b' in epoch 1, step 1 of 4", "It was so at once: look for a loss"),
+]
+
+
+@pytest.mark.parametrize(("broken", "told", "hint"), BROKEN, ids=["one", "two", "first"])
+@pytest.mark.parametrize("record", [False, True])
+def test_a_loss_that_is_not_finite_names_tasks_epoch_step_and_the_way_out(
+    broken: dict[str, tuple[int, float]], told: str, hint: str, record: bool, tmp_path: Path
+) -> None:
+    with pytest.raises(RunError) as caught:
+        rm.fit(_breaking(**broken), out=tmp_path, record=record)
+    text = str(caught.value)
+    assert text.startswith(f"joint seed 0: the loss is {told}") and hint in text
+    assert "`reconmtl check PROBLEM`" in text and "--overwrite" in text
+    epoch = int(re.findall(r"epoch (\d)", text)[0])
+    state = read_checkpoint(tmp_path / "seed0" / "last.ckpt").training
+    assert state is not None and state["state"]["epoch"] == epoch  # the last state that can be continued is kept
+    assert bool(state["state"]["total"][0].isfinite()) and len(_lines(tmp_path / "seed0")) == epoch - 1
+
+
+def _lines(folder: Path) -> list[str]:
+    file = folder / "metrics.jsonl"
+    return file.read_text().splitlines() if file.exists() else []
+
+
+def test_a_loss_that_is_not_finite_stops_within_a_long_epoch_and_nothing_of_it_is_saved(tmp_path: Path) -> None:
+    seen: list[int] = []
+
+    class Long(Noisy):
+        def __getitem__(self, i: int) -> tuple[Tensor, dict[str, Tensor | None]]:
+            seen.append(i)
+            return super().__getitem__(i)
+
+    problem = _breaking(a=(11, torch.nan)).replace(train=Long(4000))
+    machine = rm.Machine(checkpoint_steps=7)
+    with pytest.raises(RunError, match="nan for task 'a' in epoch 1, step 11 of 1000"):
+        rm.fit(problem, out=tmp_path, machine=machine)
+    assert len(seen) < 4 * 100
+    state = read_checkpoint(tmp_path / "seed0" / "last.ckpt").training
+    assert state is not None and state["state"]["sampler"]["step"] == 7
