@@ -37,7 +37,10 @@ SMOKE_BATCH = 32
 
 @dataclass(frozen=True, kw_only=True)
 class Decided:
-    """Everything a study depends on, with no choice left open; saved as `config.json`."""
+    """Everything a study depends on, with no choice left open; saved as `config.json`.
+
+    A field with a default came later: a folder that lacks it was made as the default says. It must not change.
+    """
 
     problem: str
     options: dict[str, Any]
@@ -51,15 +54,15 @@ class Decided:
     milestones: tuple[int, ...]
     probe_epochs: int
     severity: float
-    k: int | None
-    record: int
-    norm_stats: Literal["per-task", "shared"]
-    init: Literal["copy", "fresh"]
-    precision: str
-    processes: int
-    sync_batchnorm: bool
-    max_batches: int | None
-    note: str
+    k: int | None = None
+    record: int = 1
+    norm_stats: Literal["per-task", "shared"] = "per-task"
+    init: Literal["copy", "fresh"] = "copy"
+    precision: str = "32-true"
+    processes: int = 1
+    sync_batchnorm: bool = False
+    max_batches: int | None = None
+    note: str = ""
 
 
 def find_problem(spec: str) -> tuple[Callable[..., Problem], dict[str, Preset]]:

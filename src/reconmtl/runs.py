@@ -8,6 +8,7 @@ import platform
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -208,13 +209,43 @@ def new_folder(path: str | Path, *, resume: bool = False, overwrite: bool = Fals
     return folder
 
 
+def changes(before: Mapping[str, Any], now: Mapping[str, Any], absent: Mapping[str, Any], of: str = "") -> list[str]:
+    """What differs between the settings of a folder and those of now, e.g. "recipe.lr = 0.1, now 0.2".
+
+    Args:
+        before: The folder's, as read.
+        now: What was asked for, as plain JSON data.
+        absent: What an option was before it had a name: a folder that is older than the option lacks it.
+        of: The settings that these are a part of, with a dot.
+    """
+    told: list[str] = []
+    for name in dict.fromkeys([*now, *before]):
+        default = absent.get(name, _UNSAID)
+        was, new = before.get(name, default), now.get(name, default)
+        if isinstance(default, Mapping) and isinstance(was, Mapping) and isinstance(new, Mapping):
+            told += changes(was, new, default, f"{of}{name}.")
+        elif was != new:
+            told.append(f"{of}{name} = {was!r}, now {new!r}")
+    return told
+
+
+class _Unsaid:
+    def __repr__(self) -> str:
+        return "not said"
+
+
+_UNSAID = _Unsaid()
+
+
 def _is_ours(folder: Path) -> bool:
     """Whether a folder holds a study or a run; other tools write a `config.json` too, but not with these fields."""
     try:
         config = read_json(folder / "config.json", RunError)
     except RunError:
         return False
-    return isinstance(config, dict) and {"problem", "norm_stats"} <= config.keys()
+    if not isinstance(config, dict):
+        return False
+    return str(config.get("format")).startswith("reconmtl.") or {"problem", "norm_stats"} <= config.keys()
 
 
 def environment() -> dict[str, object]:

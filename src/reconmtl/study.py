@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 from reconmtl.batches import Sets, sets_of
 from reconmtl.choices import Decided, decide, default_folder, load_problem, split_method
@@ -19,12 +21,14 @@ from reconmtl.plan import Plan
 from reconmtl.problem import Problem
 from reconmtl.ranking import Ranking
 from reconmtl.reporting.tables import summary
-from reconmtl.runs import Run, environment, new_folder
+from reconmtl.runs import Run, changes, environment, new_folder
 from reconmtl.settings import Settings, SweepSettings
 from reconmtl.train import open_run
 from reconmtl.workers import count, first_failure, here_or_processes, run_jobs
 
 FORMAT = "reconmtl.study/1"
+ABSENT: dict[str, Any] = {f.name: f.default for f in fields(Decided) if f.default is not MISSING}
+"""What a study did whose `config.json` lacks an option, because it is older than the option."""
 
 
 @dataclass(frozen=True)
@@ -188,21 +192,18 @@ def write_config(folder: Path, decided: Decided) -> None:
         before = read_json(path, RunError)
         if not isinstance(before, dict):
             raise RunError(f"{path}: expected an object, found {type(before).__name__}.")
-        plain = {f.name: _plain(getattr(decided, f.name)) for f in fields(decided)}
-        probed = before.get("seeds") or [None]
-        changed = [n for n, v in plain.items() if n not in ("methods", "seeds", "note") and before.get(n) != v]
-        changed += ["seeds"] if decided.seeds[0] != probed[0] else []  # the probe was made with the first
+        now = json.loads(json.dumps(asdict(decided)))  # as it was read
+        free = ("format", "methods", "seeds", "note")
+        kept = [{n: v for n, v in of.items() if n not in free} for of in (before, now)]
+        changed = changes(*kept, ABSENT)
+        seeds = before.get("seeds")
+        if not isinstance(seeds, list) or now["seeds"][:1] != seeds[:1]:  # the probe was made with the first
+            changed.append(f"seeds = {seeds!r}, now {now['seeds']!r}")
         if changed:
-            told = ", ".join(f"{n} = {before.get(n)!r}, now {plain[n]!r}" for n in changed)
+            told = ", ".join(changed)
             raise RunError(
                 f"{folder} holds a study with other settings ({told}). Repeat them, or use --overwrite or --out."
             )
     write_json(path, content)  # first: it says that the folder is one of ours
     if not (folder / "env.json").exists():
         write_json(folder / "env.json", environment())
-
-
-def _plain(value: object) -> object:
-    if isinstance(value, tuple):
-        return [_plain(v) for v in value]
-    return {k: _plain(v) for k, v in value.items()} if isinstance(value, dict) else value

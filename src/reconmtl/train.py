@@ -23,12 +23,31 @@ from reconmtl.loggers import Logger, Loggers
 from reconmtl.loop import Init, Job, NormStats, Trained, train
 from reconmtl.plan import Plan
 from reconmtl.problem import Problem
-from reconmtl.runs import Run, describe, environment, new_folder
+from reconmtl.runs import Run, changes, describe, environment, new_folder
 from reconmtl.single import SingleTasks, for_one
 from reconmtl.splitting import split
 
 NORM_STATS = get_args(NormStats)
 INITS = get_args(Init)
+ABSENT: dict[str, Any] = {
+    "balancer": None,
+    "record": 0,
+    "overhead": None,
+    "norm_stats": "per-task",
+    "init": "copy",
+    "plan": None,
+    "recipe": {
+        "optimizer": "sgd",
+        "momentum": 0.0,
+        "weight_decay": 0.0,
+        "milestones": [],
+        "gamma": 0.1,
+        "param_groups": None,
+        "drop_last": True,
+    },
+    "machine": {"precision": "32-true", "max_batches": None, "processes": 1, "sync_batchnorm": False},
+}
+"""What the training of a folder did whose `config.json` lacks an option, because it is older than the option."""
 
 
 def _overridden(problem: Problem, overrides: Mapping[str, Any]) -> Problem:
@@ -151,8 +170,7 @@ def _prepared(path: Path, config: dict[str, Any], plan: Plan | None, *, resume: 
     before = read_json(file, RunError)
     if not isinstance(before, dict):
         raise RunError(f"{file}: expected an object, found {type(before).__name__}. Delete {folder} to begin anew.")
-    changed = [f"{n} = {before.get(n)!r}, now {v!r}" for n, v in config.items() if before.get(n) != v]
-    if changed:
+    if changed := changes(before, config, ABSENT | ({"record": 1} if config["method"] == "probe" else {})):
         raise RunError(f"{folder} holds a run with other settings: {'; '.join(changed)}. Choose another `out`.")
     return folder
 
@@ -282,11 +300,11 @@ class _Asked:
                 "seed": seed,
                 "record": self.record,
                 "norm_stats": self.norm_stats,
+                "init": self.init,
                 "recipe": self.problem.recipe.to_dict(),
                 "plan": None if self.plan is None else self.plan.to_dict(),
                 "machine": self.machine.identity(),
             }
-            | ({} if self.init == "copy" else {"init": self.init})
         )
 
 

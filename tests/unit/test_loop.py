@@ -251,7 +251,7 @@ def test_a_checkpoint_of_another_network_is_refused(tmp_path: Path) -> None:
 
 def test_other_settings_are_refused_in_the_middle_too(tmp_path: Path) -> None:
     _stopped(tmp_path)
-    with pytest.raises(RunError, match="holds a run with other settings: recipe = "):
+    with pytest.raises(RunError, match=r"holds a run with other settings: recipe\.lr = 0\.05, now 0\.06\."):
         rm.fit(_problem(lr=0.06), out=tmp_path, resume=True)
 
 

@@ -90,6 +90,34 @@ def test_a_study_can_be_extended_by_methods_and_seeds(tmp_path: Path) -> None:
         run_study(replace(settings, seeds=(0,), resume=True))
 
 
+def test_a_study_that_is_older_than_an_option_goes_on_as_it_was_made(tmp_path: Path) -> None:
+    out = tmp_path / "study"
+    settings = _settings(out, methods=("joint",), seeds=(0,), epochs=1)
+    run_study(settings)
+    content = json.loads((out / "config.json").read_text())
+    optional = ("k", "record", "norm_stats", "init", "precision", "processes", "sync_batchnorm", "max_batches", "note")
+    for name in optional:
+        # The planted problem's preset chooses K = 2, which is no default.
+        (out / "config.json").write_text(json.dumps({n: v for n, v in content.items() if n != name}))
+        if name == "k":
+            with pytest.raises(RunError, match=r"other settings \(k = None, now 2"):
+                run_study(replace(settings, resume=True))
+        else:
+            assert run_study(replace(settings, resume=True)).comparison.rows
+            assert json.loads((out / "config.json").read_text()) == content  # from now on it says so
+    for name, change in {"init": "fresh", "record": 3, "norm_stats": "shared", "precision": "bf16-mixed"}.items():
+        (out / "config.json").write_text(json.dumps({n: v for n, v in content.items() if n != name}))
+        with pytest.raises(RunError, match=rf"other settings \({name} = {content[name]!r}, now {change!r}"):
+            run_study(replace(settings, resume=True, **{name: change}))
+    for name in set(content) - {*optional, "format", "methods"}:
+        (out / "config.json").write_text(json.dumps({n: v for n, v in content.items() if n != name}))
+        with pytest.raises(RunError, match=f"{name} = (not said|None), now "):  # what it did cannot be known
+            run_study(replace(settings, resume=True))
+    (out / "config.json").write_text(json.dumps(content | {"newer": 1}))
+    with pytest.raises(RunError, match="newer = 1, now not said"):
+        run_study(replace(settings, resume=True))
+
+
 def test_bad_values_are_reported_together_before_anything_is_written(tmp_path: Path) -> None:
     out = tmp_path / "study"
     with pytest.raises(ReconError) as error:

@@ -326,6 +326,43 @@ def test_resume_never_hands_out_another_methods_run(changed: dict[str, Any], tmp
         rm.fit(problem.replace(train=Points(48, 1)), out=tmp_path, resume=True, epochs=1, milestones=())
 
 
+def _lacking(content: Any) -> list[tuple[str, dict[str, Any]]]:
+    """A configuration without each of its keys, at any depth."""
+    found = []
+    for name, value in content.items():
+        found.append((name, {n: v for n, v in content.items() if n != name}))
+        if name in ("recipe", "machine"):
+            found += [(f"{name}.{n}", content | {name: inner}) for n, inner in _lacking(value)]
+    return found
+
+
+def test_a_run_that_is_older_than_an_option_goes_on_as_it_was_made(tmp_path: Path) -> None:
+    problem = _problem()
+    options: dict[str, Any] = {"out": tmp_path, "epochs": 1, "milestones": (), "momentum": 0.0}
+    run = rm.fit(problem, **options)[0]
+    file = tmp_path / "seed0" / "config.json"
+    content = json.loads(file.read_text())
+    assert content == run.config and content["init"] == "copy"
+    needed = {"recipe", *(f"recipe.{n}" for n in ("epochs", "batch_size", "lr")), "format", "problem", "data"}
+    needed |= {"method", "seed"}
+    kept = set()
+    for name, older in _lacking(content):
+        file.write_text(json.dumps(older))
+        try:
+            assert rm.fit(problem, resume=True, **options)[0].metrics == run.metrics
+            kept.add(name)
+        except RunError as error:
+            first = "recipe.epochs" if name == "recipe" else name
+            assert name in needed and f"{first} = not said, now " in str(error)
+    assert kept == {n for n, _ in _lacking(content)} - needed
+    file.write_text(json.dumps({n: v for n, v in content.items() if n != "init"}))
+    with pytest.raises(RunError, match=r"other settings: init = 'copy', now 'fresh'"):
+        rm.fit(problem, resume=True, init="fresh", **options)
+    file.write_text(json.dumps(content | {"init": "fresh"}))
+    with pytest.raises(RunError, match=r"other settings: init = 'fresh', now 'copy'"):
+        rm.fit(problem, resume=True, **options)
+
+
 @pytest.mark.parametrize("precision", ["64-true", "16-mixed", "bf16-true", "half"])
 def test_precisions_that_would_be_ignored_or_wrong_are_refused(precision: str) -> None:
     with pytest.raises(ProblemError, match="expected one of"):
