@@ -194,8 +194,8 @@ def write_config(folder: Path, decided: Decided) -> None:
             raise RunError(f"{path}: expected an object, found {type(before).__name__}.")
         now = json.loads(json.dumps(asdict(decided)))  # as it was read
         free = ("format", "methods", "seeds", "note")
-        kept = [{n: v for n, v in of.items() if n not in free} for of in (before, now)]
-        changed = changes(*kept, ABSENT)
+        was, new = ({n: v for n, v in of.items() if n not in free} for of in (before, now))
+        changed = changes(was, new, ABSENT)
         seeds = before.get("seeds")
         if not isinstance(seeds, list) or now["seeds"][:1] != seeds[:1]:  # the probe was made with the first
             changed.append(f"seeds = {seeds!r}, now {now['seeds']!r}")

@@ -105,7 +105,8 @@ def test_a_study_that_is_older_than_an_option_goes_on_as_it_was_made(tmp_path: P
         else:
             assert run_study(replace(settings, resume=True)).comparison.rows
             assert json.loads((out / "config.json").read_text()) == content  # from now on it says so
-    for name, change in {"init": "fresh", "record": 3, "norm_stats": "shared", "precision": "bf16-mixed"}.items():
+    changes: dict[str, Any] = {"init": "fresh", "record": 3, "norm_stats": "shared", "precision": "bf16-mixed"}
+    for name, change in changes.items():
         (out / "config.json").write_text(json.dumps({n: v for n, v in content.items() if n != name}))
         with pytest.raises(RunError, match=rf"other settings \({name} = {content[name]!r}, now {change!r}"):
             run_study(replace(settings, resume=True, **{name: change}))
