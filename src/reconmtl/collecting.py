@@ -147,9 +147,12 @@ def _trained(run: Run) -> dict[str, str]:
         values[name] = machine.get(name) if isinstance(machine, dict) else None
     if run.plan is not None:
         chosen = run.plan.chosen
-        values |= {"plan": chosen.get("by"), "K": len(run.plan), "severity": chosen.get("severity")}
+        values["plan"] = chosen.get("by")
+        # What was asked for: the layers it leads to, and within a budget their number too, may differ between seeds.
+        asked = {"K": "k", "MB": "megabytes", "severity": "severity", "exceed": "exceed"}
+        values |= {name: chosen[field] for name, field in asked.items() if field in chosen}
         values["norm_stats"] = run.config.get("norm_stats")
-        if chosen.get("by") not in ("conflict", "random_layers", "random_parameters"):  # these differ between seeds
+        if chosen.get("by") is None:
             values["layers"] = run.plan.layers
     return {n: json.dumps(v, default=str) for n, v in values.items()}  # a loaded run has lists for tuples
 

@@ -217,7 +217,7 @@ def planned(seed: int, **chosen: Any) -> Run:
     [
         (lambda: planned(2, k=3), ("K = 2", "K = 3")),
         (lambda: planned(2, k=2, severity=-0.2), ("severity = -0.1", "severity = -0.2")),
-        (lambda: planned(2, k=2, by="first"), ("plan = conflict", 'plan = first, layers = {"layer2": [["digit"]')),
+        (lambda: planned(2, k=2, by="first"), ("plan = conflict", "plan = first")),
         (lambda: replace(planned(2, k=2), plan=None), ("plan = conflict, K = 2", "kind 2")),
         (
             lambda: replace(planned(2, k=2), config=planned(2, k=2).config | {"norm_stats": "shared"}),
@@ -244,6 +244,12 @@ def test_runs_that_were_trained_differently_are_rows_of_their_own(
 
 def test_random_plans_may_differ_between_seeds_and_plans_by_hand_may_not() -> None:
     assert len(compare([planned(s, k=2, by="random_layers") for s in (0, 1)]).rows) == 1
+    within = [planned(0, k=2), planned(1, k=3)]
+    for r in within:
+        assert r.plan is not None
+        r.plan.chosen.update(megabytes=0.5)
+        del r.plan.chosen["k"]
+    assert len(compare(within).rows) == 1  # within a budget, as many as fit
     labels = [r.label for r in compare([planned(s, k=2, by=None) for s in (0, 1)]).rows]
     assert labels == ["recon (kind 1)", "recon (kind 2)"]
 
