@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from reconmtl.errors import SplitError
 from reconmtl.plan import Plan
-from reconmtl.splitting import split, verify
+from reconmtl.splitting import split, verify, view
 from reconmtl.splitting.branched import Branched
 from zoo import TASKS, Headed
 
@@ -82,18 +82,198 @@ def network(make: Callable[[], Any], step: Callable[[Any, Tensor], Tensor]) -> n
 
 @pytest.mark.parametrize("mode", ["branch", "loop"])
 @pytest.mark.parametrize("layer", ["trunk.0", "trunk.1"])
+@pytest.mark.parametrize("groups", [[["a"], ["b"], ["c"]], [["a", "c"], ["b"]]], ids=["each", "first-and-last"])
 @pytest.mark.parametrize(("make", "step"), STATES, ids=lambda f: f.__name__)
-def test_a_state_that_calls_for_one_task_leave_to_the_next_is_refused(
-    make: Callable[[], Any], step: Callable[[Any, Tensor], Tensor], layer: str, mode: str
+def test_a_state_that_calls_for_one_task_leave_to_the_next_is_kept_per_task_or_refused(
+    make: Callable[[], Any], step: Callable[[Any, Tensor], Tensor], groups: list[list[str]], layer: str, mode: str
 ) -> None:
     ANYWHERE.clear()
-    plan = Plan(tasks=TASKS, layers=[layer])
+    plan = Plan(tasks=TASKS, layers={layer: groups})
     model = split(network(make, step), plan, mode=mode)
+    if step is in_deque or (step is in_array and mode == "loop"):
+        with torch.no_grad():
+            for i, p in enumerate(cast(nn.Module, model.get_submodule(layer).per_task).parameters()):
+                p.mul_(1 + 0.1 * i)
+        twins = {t: copy.deepcopy(view(model, t)) for t in TASKS}
+        for training in (True, True, False, True):
+            out = model.train(training)(X)
+            assert all(torch.equal(out[t], twins[t].train(training)(X)[t]) for t in TASKS)
+            assert all(torch.equal(copy.deepcopy(view(model, t))(X)[t], copy.deepcopy(twins[t])(X)[t]) for t in TASKS)
+        return
     for _ in range(2):
-        with pytest.raises(SplitError, match=r"first call, task '.': output differs"):
+        with pytest.raises(SplitError, match=r"first call, task '.': output differs|writes to this tensor|noted in a"):
             model(X)
-    with pytest.raises(SplitError, match="output"):
-        split(network(make, step), plan, mode=mode, sample=X)
+    if step is not in_global or len(groups) == len(TASKS):  # else it differs from itself as much
+        with pytest.raises(SplitError, match=r"output|writes to this tensor|noted in a"):
+            split(network(make, step), plan, mode=mode, sample=X)
+
+
+class Parity(nn.Module):
+    """What it does depends on whether the number of its calls is odd: first and last of three tasks would agree."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls, self.notes = 0, cast(list[float], [])
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        self.notes.append(float(x.detach().mean()))
+        return (x if self.calls % 2 else torch.tanh(x)) + self.notes[0]
+
+
+@pytest.mark.parametrize("how", [{"mode": "loop"}, {"atomic": ["trunk.1"]}], ids=["loop", "atomic"])
+def test_state_of_modules_in_what_runs_whole_is_each_tasks_own(how: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    parts = nn.Sequential(nn.Linear(6, 6), nn.Sequential(nn.Linear(6, 6), Parity()))
+    model = split(Headed(parts, 6, TASKS), Plan(tasks=TASKS, layers=["trunk.0"]), **how)
+    with torch.no_grad():
+        for i, p in enumerate(cast(nn.Module, model.get_submodule("trunk.0").per_task).parameters()):
+            p.mul_(1 + 0.1 * i)
+    if "atomic" in how:  # what one module notes of several tasks cannot be one list of numbers
+        with pytest.raises(SplitError, match="noted in a list"):
+            model(X)
+        return
+    twins = {t: copy.deepcopy(view(model, t)) for t in TASKS}
+    for _ in range(3):
+        out = model(X)
+        assert all(torch.equal(out[t], twins[t](X)[t]) for t in TASKS)
+        model = copy.deepcopy(model)
+
+
+class Held(nn.Module):
+    """Keeps what it computed, for its own next call and for whoever asks: in an attribute, a list and a hook's dict."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.last, self.every = nn.Linear(6, 6), cast(Any, 0.0), cast(list[Tensor], [])
+        self.kept: dict[str, Tensor] = {}
+        self.linear.register_forward_hook(partial(keep, self.kept))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.linear(x)
+        self.every.append(self.kept["out"].detach().mean(0))
+        z = y + self.last + torch.stack(self.every).sum(0)
+        self.last = y.detach().mean(0)
+        return cast(Tensor, z)
+
+
+def keep(kept: dict[str, Tensor], _: nn.Module, __: Any, out: Tensor) -> None:
+    kept["out"] = out
+
+
+@pytest.mark.parametrize("where", ["trunk", "heads"])
+def test_values_that_differ_and_are_kept_in_attributes_are_one_tasks_in_views_and_rehearsals(where: str) -> None:
+    torch.manual_seed(0)
+    net = Headed(nn.Sequential(nn.Linear(6, 6), Held() if where == "trunk" else nn.Tanh()), 6, TASKS)
+    if where == "heads":  # for one task alone
+        net.heads["a"] = nn.Sequential(Held(), net.heads["a"])
+    model = split(net, Plan(tasks=TASKS, layers=["trunk.0"]))
+    with torch.no_grad():
+        for i, p in enumerate(cast(nn.Module, model.get_submodule("trunk.0").per_task).parameters()):
+            p.mul_(1 + 0.1 * i)
+    twins: dict[str, nn.Module] = {t: view(copy.deepcopy(model), t) for t in TASKS}
+    for training in (True, False, True):  # the second is rehearsed with what the first has left behind
+        out = model.train(training)(X)
+        assert all(torch.equal(out[t], twins[t].train(training)(X)[t]) for t in TASKS)
+    for t in TASKS:
+        assert torch.equal(view(model, t)(X)[t], twins[t](X)[t])
+
+
+class Averaging(nn.Module):
+    """A forward that writes to parameters or plain tensors, as momentum encoders do."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.online, self.slow, self.how = nn.Linear(6, 6), nn.Linear(6, 6).requires_grad_(False), how
+        self.plain = torch.zeros(6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            if self.how == "in place":
+                self.slow.weight.mul_(0.9).add_(self.online.weight, alpha=0.1)
+            elif self.how == "data":
+                self.slow.weight.data = 0.9 * self.slow.weight.data + 0.1 * self.online.weight.data
+            elif self.training:
+                self.plain += 1.0
+        return cast(Tensor, self.online(x) + self.slow(x) + self.plain)
+
+
+@pytest.mark.parametrize("options", [{}, {"rehearse": False}, {"mode": "loop"}, {"atomic": ["trunk.1"]}], ids=str)
+@pytest.mark.parametrize("how", ["in place", "data", "plain"])
+def test_a_forward_that_writes_to_what_all_tasks_share_is_refused(how: str, options: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    net = Headed(nn.Sequential(nn.Linear(6, 6), Averaging(how)), 6, TASKS)
+    model = split(net, Plan(tasks=TASKS, layers=["trunk.0"]), **options)
+    if how == "plain" and not ("mode" in options or "atomic" in options):  # is written once, as in an ordinary network
+        twin = view(copy.deepcopy(model), "b")
+        for _ in range(3):
+            assert torch.equal(model(X)["b"], twin(X)["b"])
+        return
+    with pytest.raises(SplitError, match=r"trunk\.1\.(slow\.weight|plain): the forward writes to this tensor"):
+        model(X)
+
+
+class FunctionalStatistics(nn.Module):
+    """Running statistics under names of its own, changed by a kernel that leaves no note of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(6))
+        self.register_buffer("center", torch.zeros(6))
+        self.register_buffer("spread", torch.ones(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        center, spread = cast(Tensor, self.center), cast(Tensor, self.spread)
+        return torch.nn.functional.batch_norm(x, center, spread, self.scale, None, self.training)
+
+
+@pytest.mark.parametrize("mode", ["branch", "loop"])
+@pytest.mark.parametrize("layers", [["trunk.1"], ["trunk.0"]], ids=str)
+def test_buffers_that_a_kernel_changes_unseen_are_kept_per_task(layers: list[str], mode: str) -> None:
+    torch.manual_seed(0)
+    net = Headed(nn.Sequential(nn.Linear(6, 6), FunctionalStatistics()), 6, TASKS)
+    model = split(net, Plan(tasks=TASKS, layers=layers), mode=mode)
+    twin = copy.deepcopy(net)
+    for _ in range(3):
+        model(X), twin(X)
+    for t in TASKS:
+        assert torch.equal(view(model, t).module.state_dict()["trunk.1.center"], twin.state_dict()["trunk.1.center"])
+
+
+@pytest.mark.parametrize("mode", ["branch", "loop"])
+def test_a_module_that_swaps_its_children_is_right_or_refused(mode: str) -> None:
+    class Swapping(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(6, 6), nn.Linear(6, 6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.first, self.second = self.second, self.first
+            return cast(Tensor, torch.tanh(self.first(x)) + self.second(x))
+
+    torch.manual_seed(0)
+    net = Headed(nn.Sequential(nn.Linear(6, 6), Swapping()), 6, TASKS)
+    model = split(net, Plan(tasks=TASKS, layers=["trunk.0"]), mode=mode)
+    if mode == "loop":
+        with pytest.raises(SplitError, match="replaces or adds modules in its forward"):
+            model(X)
+        return
+    twin = copy.deepcopy(net)
+    for _ in range(3):
+        out, expected = model(X), twin(X)
+        assert all(torch.equal(out[t], expected[t]) for t in TASKS)
+
+
+def test_spectral_norm_of_a_layer_whose_group_gets_values_of_its_own_for_each_task() -> None:
+    torch.manual_seed(0)
+    normed = torch.nn.utils.spectral_norm(nn.Linear(6, 6))
+    net = Headed(nn.Sequential(nn.Linear(6, 6), normed), 6, TASKS)
+    plan = Plan(tasks=TASKS, layers={"trunk.0": [[t] for t in TASKS], "trunk.1": [["a", "b"], ["c"]]})
+    for mode in ("branch", "loop"):
+        model, twin = split(net, plan, mode=mode, sample=X), copy.deepcopy(net)
+        for _ in range(3):
+            out, expected = model(X), twin(X)
+        assert all(torch.equal(out[t], expected[t]) for t in TASKS)
 
 
 class Counting(nn.Module):

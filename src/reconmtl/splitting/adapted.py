@@ -402,7 +402,7 @@ def prepare_call(module: nn.Module, args: tuple[Value, ...], kwargs: dict[str, V
     root = rec.root
     assert root is not None
     learned = root.learned
-    tasks = tuple(dict.fromkeys((rec.family.tasks[0], rec.family.tasks[-1])))  # what leaks reaches one, or leaves one
+    tasks = telling(module, rec.family)
     where = f"first call{' in another mode' if learned else ''}"
     mode = (module.training, torch.is_grad_enabled())
     try:
@@ -420,6 +420,17 @@ def prepare_call(module: nn.Module, args: tuple[Value, ...], kwargs: dict[str, V
         raise
     if not found.empty:
         root.rehearsed.add(mode)
+
+
+def telling(module: nn.Module, family: Family) -> tuple[str, ...]:
+    """Tasks that show what one group's call leaves to the next: the first, and one of another group of each layer."""
+    partitions = {p for m in module.modules() if (r := record(m)) is not None for p in r.partitions() if len(p) > 1}
+    firsts = {next(g for g in p if g & 1) for p in partitions} or {1}
+    chosen = 1
+    for mask in reversed(family.each()):
+        if any(not chosen & ~g and mask & ~g for g in firsts):
+            chosen |= mask
+    return family.names(chosen)
 
 
 def adopt(module: nn.Module, trial: nn.Module) -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from reconmtl.errors import SplitError
+from reconmtl.layers import TaskCopies
 from reconmtl.splitting.branched import (
     Branched,
     check_untouched,
@@ -23,7 +24,17 @@ from reconmtl.splitting.faces import Collections, Face, keep_attributes, opened
 from reconmtl.splitting.groups import Family, Masks, complete, refine, union
 from reconmtl.splitting.mapping import SharedWriteError
 from reconmtl.splitting.objects import same_versions, versions
-from reconmtl.splitting.storage import COPIES, Record, base_class, copies, record, refine_buffers, share_buffers
+from reconmtl.splitting.refusals import written_state, written_tensor
+from reconmtl.splitting.storage import (
+    COPIES,
+    GroupTensors,
+    Record,
+    base_class,
+    copies,
+    record,
+    refine_buffers,
+    share_buffers,
+)
 from reconmtl.splitting.structure import Value, tensors, transform
 
 Plain = Callable[..., Value]
@@ -146,6 +157,7 @@ def run_faces(
     seen = _versions(masks, args, kwargs) if len(masks) > 1 else None
     held = versions((args, kwargs)) if len(masks) > 1 else None
     constants = _constants(module) if len(masks) > 1 else []
+    shared = _shared_tensors(module, rec) if len(masks) > 1 else []
     collections = Collections(module, rec.name)
     for m, (own, keywords) in calls:
         collections.begin(m)
@@ -154,6 +166,7 @@ def run_faces(
         results.append(face.module(*own, **keywords))
         collections.end()
         _check_constants(constants, m)
+        _check_tensors(shared)
         if seen is not None:
             _check_versions(seen, m, rec)
         if held is not None:
@@ -195,28 +208,39 @@ def prepare(module: nn.Module, masks: Masks) -> bool:
     return changed
 
 
-def watch(module: nn.Module, masks: Masks) -> list[tuple[nn.Module, Masks, list[tuple[Tensor, int]]]]:
+Watched = tuple[nn.Module, list[tuple[Tensor, int, Tensor]]]
+
+
+def watch(module: nn.Module, masks: Masks) -> list[Watched]:
     """Give buffers of unknown use a copy per group for this call, to see whether it changes them."""
     out = []
     for m, r in _below(module):
         if r.stats == "watch" and any(b is not None for b in m._buffers.values()) and not r.buffers:
             refine_buffers(m, complete(masks, r.family.full))
             held = [c for g in copies(m).values() for c in g._buffers.values() if c is not None]
-            out.append((m, r.buffer_groups, [(t, t._version) for t in held]))
+            out.append((m, [(t, t._version, t.detach().clone()) for t in held]))
     return out
 
 
-def unwatch(watched: list[tuple[nn.Module, Masks, list[tuple[Tensor, int]]]], training: bool) -> None:
+def unwatch(watched: list[Watched], training: bool) -> None:
     """Keep the copies of buffers that the call changed; merge the others again."""
-    for m, _, before in watched:
+    for m, before in watched:
         r = cast(Record, record(m))
         held = [c for g in copies(m).values() for c in g._buffers.values() if c is not None]
-        if any(a is not b or a._version != v for a, (b, v) in zip(held, before, strict=True)):
+        if any(a is not b or a._version != v or _differ(a, old) for a, (b, v, old) in zip(held, before, strict=True)):
             r.stats = "always"
             continue
         share_buffers(m)
         if training:
             r.stats = "constant"
+
+
+def _differ(tensor: Tensor, before: Tensor) -> bool:
+    """Whether values changed, which kernels do without a note of it: F.batch_norm its statistics, `.data` anything."""
+    if tensor.is_meta:
+        return False
+    same = (tensor.detach() == before) | ((tensor.detach() != tensor.detach()) & (before != before))  # NaN is NaN
+    return not bool(same.all())
 
 
 def _constants(module: nn.Module) -> list[tuple[nn.Module, Record, str, Tensor, int]]:
@@ -240,6 +264,26 @@ def _check_constants(before: list[tuple[nn.Module, Record, str, Tensor, int]], m
             f"holds what the call for {r.family.label(mask)} left. Load the state from before: from now on each task "
             f"has a buffer of its own. Or use mode='loop'."
         )
+
+
+def _shared_tensors(module: nn.Module, rec: Record) -> list[tuple[str, Tensor, tuple[int, int]]]:
+    """The parameters and plain tensors at or below a module that all tasks share: name, tensor, how it was written."""
+    start = "" if rec.root is not None else rec.name
+    below = module.named_modules(prefix=start) if module._modules else ((start, module),)
+    return [
+        (f"{name}.{n}" if name else n, t, written_state(t))
+        for name, m in below
+        if not isinstance(m, (TaskCopies, GroupTensors))
+        for held in (m._parameters, m.__dict__)
+        for n, t in held.items()
+        if isinstance(t, Tensor) and type(t) is not Branched
+    ]
+
+
+def _check_tensors(before: list[tuple[str, Tensor, tuple[int, int]]]) -> None:
+    for name, t, state in before:
+        if written_state(t) != state:
+            raise SplitError(written_tensor(name))
 
 
 @dataclass

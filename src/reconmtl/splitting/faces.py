@@ -3,11 +3,13 @@
 import copy
 import types
 import weakref
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from operator import is_
 from typing import cast
 
+import numpy as np
 from torch import nn
 
 from reconmtl.errors import SplitError
@@ -18,18 +20,18 @@ from reconmtl.splitting.storage import (
     COPIES,
     MANAGED,
     RECORD,
+    STANDARD,
+    Noted,
     PerTask,
     Record,
     base_class,
     copies,
+    fill,
     own_tensors,
     read,
     record,
 )
 from reconmtl.splitting.structure import Value, children
-
-STANDARD = frozenset(nn.Module().__dict__)
-"""Attributes that every module has."""
 
 
 class Face:
@@ -51,7 +53,7 @@ class Face:
                     if key not in MANAGED:
                         d[key] = _rebind(value, self.made)
                 face.__dict__.update(d)
-                self.made[id(original)] = (original, face, dict(d))
+                self.made[id(original)] = (original, face, {**d, "_modules": dict(d["_modules"])})
 
     def _one(self, module: nn.Module) -> nn.Module:
         rec = record(module)
@@ -91,6 +93,7 @@ class Face:
         for original, face, before in self.made.values():
             after = face.__dict__
             rec = record(original)
+            self._check_modules(original, after["_modules"], before["_modules"])
             if rec is not None and rec.buffers:
                 self._keep_buffers(original, rec, after["_buffers"])
             if len(after) == len(before) and all(map(is_, after.values(), before.values())):
@@ -99,6 +102,13 @@ class Face:
             if new:
                 out.append((original, new))
         return out
+
+    def _check_modules(self, original: nn.Module, after: dict[str, Value], before: dict[str, Value]) -> None:
+        if after is not before and (len(after) != len(before) or any(before.get(k) is not m for k, m in after.items())):
+            raise SplitError(
+                f"{type(original).__name__} replaces or adds modules in its forward, which a call for one group of "
+                "tasks cannot do for the others. Keep them where they are (in a list, by an index in an attribute)."
+            )
 
     def _keep_buffers(self, original: nn.Module, rec: Record, after: dict[str, Value]) -> None:
         label = rec.family.label(rec.buffer_groups[locate(rec.buffer_groups, (self.mask,))[0]])
@@ -157,51 +167,56 @@ def keep_attributes(faces: Sequence[Face], masks: Masks, family: Family) -> None
 
 
 class Collections:
-    """Lists and dicts in attributes at or below a module: each call starts with what they held, and fills them anew.
+    """Lists, dicts and the like in attributes at or below a module: each call starts with what they held.
 
     They stay the same objects, so that others who hold them (a loss that sums up what layers noted) see the same.
     """
 
     def __init__(self, module: nn.Module, where: str) -> None:
         self.where = where
-        self.held = [v for m in module.modules() for v in _collections(m)] if module._modules else _collections(module)
-        self.start = [copy.copy(v) for v in self.held]
+        below = module.modules() if module._modules else (module,)
+        self.held = [(record(m), name, v) for m in below for name, v in _collections(m)]
+        self.start = [copy.copy(v) for _, _, v in self.held]
         self.ends: list[list[Value]] = []
 
     def begin(self, mask: int) -> None:
         """Put back what they held, as one group of tasks sees it."""
-        for v, start in zip(self.held, self.start, strict=True):
-            if self.ends or _holds_branches(start):
-                _fill(v, pick(start, mask))
+        for (rec, name, v), start in zip(self.held, self.start, strict=True):
+            noted = rec.noted.get(name) if rec is not None else None
+            if noted is not None and mask in noted.values and noted.fits(start):
+                fill(v, noted.values[mask])
+            elif self.ends or _holds_branches(start):
+                fill(v, pick(start, mask))
 
     def end(self) -> None:
         """Note what the call left in them."""
-        self.ends.append([copy.copy(v) for v in self.held])
+        self.ends.append([copy.copy(v) for _, _, v in self.held])
 
     def merge(self, masks: Masks, family: Family, *, outermost: bool) -> None:
-        """Fill them with what all calls left, one entry for all groups; numbers noted by whole networks may differ."""
-        for v, *ends in zip(self.held, *self.ends, strict=True):
+        """Fill them with what all calls left, one entry for all groups.
+
+        Numbers noted by whole networks may differ: the last one's are to be seen, and each goes on from its own.
+        """
+        for (rec, name, v), *ends in zip(self.held, *self.ends, strict=True):
             try:
-                _fill(v, combine(ends, masks, family, f"what {self.where} noted in a {type(v).__name__}"))
+                fill(v, combine(ends, masks, family, f"what {self.where} noted in a {type(v).__name__}"))
+                if rec is not None:
+                    rec.noted.pop(name, None)
             except SplitError:
-                if not outermost:
+                if not outermost or rec is None:
                     raise
+                rec.noted[name] = Noted(copy.copy(v), dict(zip(masks, ends, strict=True)))
 
 
-def _collections(module: nn.Module) -> list[Value]:
+def _collections(module: nn.Module) -> list[tuple[str, Value]]:
     rec = record(module)
     kind = type(module) if rec is None else base_class(module)
     if kind.__module__.startswith("torch.nn."):
         return []
-    return [v for k, v in module.__dict__.items() if type(v) in (list, dict) and k not in STANDARD]
+    return [(k, v) for k, v in module.__dict__.items() if type(v) in _KINDS and k not in STANDARD]
 
 
-def _fill(collection: Value, content: Value) -> None:
-    if isinstance(collection, list):
-        collection[:] = content
-    else:
-        collection.clear()
-        collection.update(content)
+_KINDS = (list, dict, deque, set, np.ndarray)
 
 
 def _holds_branches(value: Value) -> bool:

@@ -2,7 +2,8 @@
 
 import copy
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -12,10 +13,11 @@ from torch.autograd.graph import saved_tensors_hooks
 from reconmtl.errors import SplitError
 from reconmtl.layers import ROOT
 from reconmtl.randomness import untouched_randomness
+from reconmtl.splitting.branched import Branched, make
 from reconmtl.splitting.groups import Family
 from reconmtl.splitting.objects import find
 from reconmtl.splitting.outputs import get_task, is_keyed, task_keys
-from reconmtl.splitting.refusals import is_sharded
+from reconmtl.splitting.refusals import is_sharded, written_state, written_tensor
 from reconmtl.splitting.storage import MANAGED, plain_tensors, to_plain
 from reconmtl.splitting.structure import Value, tensors
 
@@ -82,6 +84,9 @@ def kept(model: nn.Module) -> dict[int, Value]:
     for _, _, tensor in plain_tensors(model):
         if isinstance(tensor, nn.Parameter):
             memo[id(tensor)] = tensor
+        elif type(tensor) is Branched:  # likewise, of each group
+            parts = [v if v.is_leaf else v.detach().clone() for v in tensor.vals]
+            memo[id(tensor)] = make(tensor.family, tensor.masks, parts)
         elif not tensor.is_leaf:  # left over from an earlier forward; deepcopy refuses graph
             memo[id(tensor)] = tensor.detach().clone()
     return memo
@@ -124,12 +129,28 @@ def recorded(model: nn.Module, family: Family, args: Sequence[Value], kwargs: di
     Returns:
         Which tasks each parameter reaches, first groups' copies standing for all.
     """
-    with untouched_randomness(), torch.inference_mode(False), torch.enable_grad():
+    with untouched_randomness(), torch.inference_mode(False), torch.enable_grad(), unwritten(model):
         try:
             with saved_tensors_hooks(lambda _: None, _gone):  # the graph is read, not run: it need not keep values
                 return _recorded(model, family, args, kwargs)
         except Exception:  # a forward that differentiates by itself needs them
             return _recorded(model, family, args, kwargs)
+
+
+@contextmanager
+def unwritten(model: nn.Module) -> Iterator[None]:
+    """Calls of copies of a model, which share its parameters.
+
+    Raises:
+        SplitError: If they wrote to one.
+    """
+    before = {name: (p, written_state(p)) for name, p in model.named_parameters()}
+    try:
+        yield
+    finally:
+        for name, (p, state) in before.items():
+            if written_state(p) != state:
+                raise SplitError(written_tensor(name))
 
 
 def _gone(_: object) -> Tensor:

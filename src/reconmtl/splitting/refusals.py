@@ -116,6 +116,24 @@ def _held(model: nn.Module, planned: dict[str, nn.Module]) -> list[str]:
     return out
 
 
+def written_state(tensor: torch.Tensor) -> tuple[int, int]:
+    """How often a tensor was written to and where its values are, which change when it is written or replaced."""
+    try:
+        return (0 if tensor.is_inference() else tensor._version), tensor.data_ptr()
+    except RuntimeError:  # stands for a tensor without having values (torch.export)
+        return 0, 0
+
+
+def written_tensor(name: str) -> str:
+    """The message about a forward that writes to a parameter or plain tensor which all tasks share."""
+    return (
+        f"{name}: the forward writes to this tensor, which all tasks share (an average of other weights, values set "
+        "from the first batch). It may run several times, for one task after the other, and each run would change it. "
+        "Register it as a buffer (each task then has its own where its values differ), write to it outside of the "
+        "forward, or let the original model do so in a call before it is split."
+    )
+
+
 def located(module: nn.Module, error: BaseException) -> str:
     """The message of an error, with the name of the innermost module of the model in whose forward it came up."""
     names = {id(m): n for n, m in module.named_modules() if n and not isinstance(m, (TaskCopies, GroupTensors))}

@@ -17,7 +17,7 @@ from reconmtl.layers import ROOT, TaskCopies
 from reconmtl.randomness import untouched_randomness
 from reconmtl.splitting.branched import WAYS_OUT, Branched
 from reconmtl.splitting.outputs import get_task, is_keyed, select
-from reconmtl.splitting.ownership import copied, kept, own_inputs, plain_copy
+from reconmtl.splitting.ownership import copied, kept, own_inputs, plain_copy, unwritten
 from reconmtl.splitting.refusals import located
 from reconmtl.splitting.storage import GroupTensors, Record, clone, own_tensors, record
 from reconmtl.splitting.structure import Value, tensors
@@ -140,7 +140,7 @@ def rehearse(
         SplitError: If anything differs; the message names the task and the output, parameter or buffer.
     """
     assert rec.root is not None
-    with untouched_randomness():
+    with untouched_randomness(), unwritten(model):
         play = _Play(model, rec, args, kwargs, tasks, gradients)
         try:
             base, alone = play.alone(training, moved=True)

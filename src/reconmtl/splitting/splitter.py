@@ -163,14 +163,13 @@ def _build(
         named = (name or ROOT) in whole
         if special or named or isinstance(module, FAST_PATHS) or stats != "never":
             adapt(module, family, name or ROOT, atomic=special or named, stats=stats)
-    for name in whole:  # buffers anywhere below a module that runs whole
-        for path, module in modules[name if name != ROOT else ""].named_modules(prefix=name if name != ROOT else ""):
-            if per_task and record(module) is None and any(b is not None for b in module._buffers.values()):
-                adapt(module, family, path, stats="watch")
-    if root.mode == "loop" and per_task:
-        for name, module in modules.items():
-            if record(module) is None and any(b is not None for b in module._buffers.values()):
-                adapt(module, family, name or ROOT, stats="watch")
+    for name in [ROOT] if root.mode == "loop" else whole:  # below what runs whole, state of any kind is each task's own
+        start = name if name != ROOT else ""
+        for path, module in modules[start].named_modules(prefix=start):
+            has_buffers = per_task and any(b is not None for b in module._buffers.values())
+            own = not type(module).__module__.startswith("torch.")
+            if record(module) is None and (has_buffers or own) and not isinstance(module, torch.jit.ScriptModule):
+                adapt(module, family, path or ROOT, stats="watch" if has_buffers else "never")
     memo: dict[tuple[int, int], object] = {}
     for name, partition in layers.items():
         module = modules[name if name != ROOT else ""]
@@ -180,6 +179,8 @@ def _build(
         groups = tuple(family.mask(g) for g in partition)
         if len(groups) > 1:
             split_parameters(module, groups, buffers=leaf, memo=cast(Value, memo))
+            if rec.buffers and rec.stats == "watch":  # a group's tasks may come with values of their own
+                rec.stats = "always"
 
 
 def is_leaf(module: nn.Module) -> bool:

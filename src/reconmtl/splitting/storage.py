@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any, cast
 from weakref import WeakValueDictionary
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -23,13 +24,15 @@ from reconmtl.errors import SplitError
 from reconmtl.layers import TaskCopies
 from reconmtl.splitting.branched import Branched, make, pick
 from reconmtl.splitting.conversions import CONVERT, check_asker
-from reconmtl.splitting.groups import Family, Masks, complete, locate, refine
-from reconmtl.splitting.objects import is_object
+from reconmtl.splitting.groups import Family, Masks, MissingTaskError, complete, locate, refine
+from reconmtl.splitting.objects import is_object, unpack
 from reconmtl.splitting.structure import Value, children
 
 COPIES = "per_task"
 RECORD = "_reconmtl"
 MANAGED = frozenset(("_parameters", "_buffers", "_modules", "_flat_weights", "_flat_weight_refs"))
+STANDARD = frozenset(nn.Module().__dict__)
+"""Attributes that every module has."""
 
 
 class GroupTensors(nn.Module):
@@ -85,6 +88,7 @@ class Record:
             "constant" (they were watched, and no call changed them).
         kernel: It is one of PyTorch's own leaf modules, which call nothing of the user's.
         held: Names of Python attributes whose value differs between groups.
+        noted: What calls for each group left in lists and the like, by attribute, where that differs.
         root: Set for the outermost module.
     """
 
@@ -100,6 +104,7 @@ class Record:
     stats: str = "never"
     kernel: bool = False
     held: set[str] = field(default_factory=set)
+    noted: dict[str, "Noted"] = field(default_factory=dict)
     root: Root | None = None
 
     def partitions(self) -> list[Masks]:
@@ -116,6 +121,36 @@ class PerTask:
     def part(self, mask: int) -> Value:
         """The value of one group."""
         return self.values[locate(self.masks, (mask,))[0]]
+
+
+@dataclass
+class Noted:
+    """What a list (or dict, ...) in an attribute was left with, and what the call for each group had left in it."""
+
+    left: Value
+    values: dict[int, Value]
+
+    def fits(self, value: Value) -> bool:
+        """Whether a collection still holds what it was left with."""
+        a, b = value, self.left
+        if isinstance(a, np.ndarray):
+            return isinstance(b, np.ndarray) and np.array_equal(a, b, equal_nan=a.dtype.kind in "fc")
+        if type(a) is not type(b) or len(a) != len(b):
+            return False
+        if isinstance(a, set):
+            return bool(a == b)
+        pairs = ((a[k], b.get(k)) for k in a) if isinstance(a, dict) else zip(a, b, strict=True)
+        return all(x is y or (not isinstance(x, (Tensor, np.ndarray)) and x == y) for x, y in pairs)
+
+
+def fill(collection: Value, content: Value) -> None:
+    """Give a list, dict, deque, set or array other content."""
+    if isinstance(collection, np.ndarray):
+        collection[...] = content
+        return
+    content = copy.copy(content)
+    collection.clear()
+    (collection.extend if isinstance(collection, (list, deque)) else collection.update)(content)
 
 
 def record(module: nn.Module) -> Record | None:
@@ -345,14 +380,15 @@ def own_tensors(module: nn.Module, rec: Record, mask: int) -> tuple[dict[str, Va
 def to_plain(model: nn.Module, mask: int) -> None:
     """Turn a (copied) tree back into its original classes, with the tensors of one group of tasks, in place."""
     for module in list(model.modules()):
-        rec = record(module)
+        rec, d = record(module), module.__dict__
+        for name in [n for n in d if n not in MANAGED and n not in STANDARD]:
+            d[name] = _settled(d[name], mask)
         if rec is None:
             continue
+        for name, noted in rec.noted.items():
+            if name in d and mask and noted.fits(d[name]):
+                fill(d[name], next((v for m, v in noted.values.items() if m & mask == mask), d[name]))
         params, buffers = own_tensors(module, rec, mask)
-        for name in rec.held:
-            value = module.__dict__[name]
-            module.__dict__[name] = value.part(mask) if isinstance(value, PerTask) else pick(value, mask)
-        d = module.__dict__
         d["_parameters"], d["_buffers"] = params, buffers
         d["_modules"].pop(COPIES, None)
         if rec.params and "_flat_weights" in d:
@@ -362,11 +398,29 @@ def to_plain(model: nn.Module, mask: int) -> None:
         module.__class__ = base_class(module)
 
 
+def _settled(value: Value, mask: int) -> Value:
+    """What an earlier call left in an attribute, as one group sees it; lists and the like stay the same objects."""
+    if isinstance(value, PerTask):
+        return value.part(mask)
+    if type(value) is Branched:
+        return value.part(mask) if any(m & mask == mask for m in value.masks) else value.vals[0]  # only others need it
+    if type(value) in (list, dict, deque):
+        for key, member in list(value.items() if isinstance(value, dict) else enumerate(value)):
+            new = _settled(member, mask)
+            if new is not member:
+                value[key] = new
+        return value
+    try:
+        return unpack(value, mask)
+    except MissingTaskError:
+        return value
+
+
 def plain_tensors(model: nn.Module) -> Iterable[tuple[nn.Module, str, Tensor]]:
     """Tensors that modules hold in attributes (also inside lists, objects, ...): (module, attribute, tensor)."""
     for module in model.modules():
         for name, value in module.__dict__.items():
-            if name not in MANAGED and name not in nn.Module().__dict__:
+            if name not in MANAGED and name not in STANDARD:
                 for t in _tensors_in(value, 0):
                     yield module, name, t
 

@@ -1,7 +1,8 @@
-"""Containers of tensors, whatever a forward takes and returns: lists, mappings, named tuples, dataclasses, slices."""
+"""Containers of tensors, that a forward takes, returns or keeps: lists, mappings, named tuples, dataclasses, slices."""
 
 import copy
 import dataclasses
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -28,6 +29,8 @@ def children(value: Value) -> Sequence[Value] | None:
         return None
     if isinstance(value, (list, tuple)):
         return value
+    if kind is deque:
+        return list(value)
     if isinstance(value, Mapping):
         return list(value.values())
     if kind is slice:
@@ -60,6 +63,8 @@ def rebuild(value: Value, members: Sequence[Value]) -> Value:
         return kind(members)
     if kind is slice:
         return slice(*members)
+    if kind is deque:
+        return deque(members, value.maxlen)
     if isinstance(value, tuple):  # a named tuple takes its fields, torch.return_types and plain subclasses a sequence
         return kind(*members) if hasattr(value, "_fields") else kind(members)
     if isinstance(value, Mapping):
