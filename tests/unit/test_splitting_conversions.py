@@ -53,6 +53,7 @@ CONVERSIONS: dict[str, Callable[[nn.Module], object]] = {
     "spectral_norm": parametrizations.spectral_norm,
     "prune": lambda m: prune.l1_unstructured(m, "weight", 0.5),
     "old weight_norm": old_weight_norm,
+    "old spectral_norm": nn.utils.spectral_norm,
 }
 
 

@@ -179,6 +179,36 @@ def test_values_that_differ_and_are_kept_in_attributes_are_one_tasks_in_views_an
         assert torch.equal(view(model, t)(X)[t], twins[t](X)[t])
 
 
+class Leaving(nn.Module):
+    """A leaf that leaves its input for its next call, which may be for a group of those tasks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.last = nn.Parameter(torch.rand(6)), cast(Any, 0.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y, self.last = x * self.weight + self.last, x.detach()
+        return y
+
+
+def test_a_group_meets_what_its_tasks_left_one_by_one() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.leaf, self.linear = Leaving(), nn.Linear(6, 6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return cast(Tensor, self.leaf(self.linear(self.leaf(x))))
+
+    torch.manual_seed(0)
+    net = Headed(Twice(), 6, TASKS)
+    groups = {"trunk.leaf": [["a"], ["b", "c"]], "trunk.linear": [[t] for t in TASKS]}
+    model, twin = split(net, Plan(tasks=TASKS, layers=groups)), copy.deepcopy(net)
+    for training in (True, True, False):
+        out, expected = model.train(training)(X), twin.train(training)(X)
+        assert all(torch.equal(out[t], expected[t]) for t in TASKS)
+
+
 class Averaging(nn.Module):
     """A forward that writes to parameters or plain tensors, as momentum encoders do."""
 

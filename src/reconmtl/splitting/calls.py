@@ -12,6 +12,7 @@ from reconmtl.layers import TaskCopies
 from reconmtl.splitting.branched import (
     Branched,
     check_untouched,
+    collect,
     combine,
     gather,
     make,
@@ -28,6 +29,7 @@ from reconmtl.splitting.refusals import written_state, written_tensor
 from reconmtl.splitting.storage import (
     COPIES,
     GroupTensors,
+    PerTask,
     Record,
     base_class,
     copies,
@@ -191,8 +193,16 @@ def _below(module: nn.Module) -> list[tuple[nn.Module, Record]]:
 
 def _partitions(module: nn.Module, rec: Record) -> list[Masks]:
     if len(module._modules) <= (COPIES in module._modules):
-        return rec.partitions()
-    return list(dict.fromkeys(p for _, r in _below(module) for p in r.partitions()))
+        return [*rec.partitions(), *_held(module, rec)]
+    return list(dict.fromkeys(p for m, r in _below(module) for p in (*r.partitions(), *_held(m, r))))
+
+
+def _held(module: nn.Module, rec: Record) -> list[Masks]:
+    """The groups for which attributes of a module hold values of their own."""
+    found: list[Branched] = []
+    collect([module.__dict__.get(n) for n in rec.held], found)
+    groups = [b.masks for b in found] + [v.masks for n in rec.held if type(v := module.__dict__.get(n)) is PerTask]
+    return [complete(masks, rec.family.full) for masks in groups]
 
 
 def prepare(module: nn.Module, masks: Masks) -> bool:

@@ -42,6 +42,22 @@ class GroupTensors(nn.Module):
         check_asker(f"a copy ({COPIES}.<task>)")
         return super().__getattr__(name)
 
+    def __delattr__(self, name: str) -> None:
+        check_asker(f"a copy ({COPIES}.<task>)")
+        super().__delattr__(name)
+
+
+class Moved(dict[str, nn.Parameter | None]):
+    """The `_parameters` of a split layer, without those that its copies hold."""
+
+    def __init__(self, left: dict[str, nn.Parameter | None] | None = None, name: str = "a split layer") -> None:
+        super().__init__(left or {})
+        self.name = name
+
+    def __missing__(self, key: str) -> None:
+        check_asker(self.name)
+        raise KeyError(key)
+
 
 class Copies(TaskCopies):
     """The copies of one layer; nothing but this package puts anything in."""
@@ -225,9 +241,11 @@ def write(module: nn.Module, name: str, value: Value) -> None:
     rec = cast(Record, record(module))
     is_param = name in rec.params
     if not isinstance(value, Tensor) or (is_param and not isinstance(value, nn.Parameter)):
+        given = "a value that differs between tasks" if type(value) is Branched else type(value).__name__
         raise SplitError(
-            f"{rec.name}.{name} has one copy per task and cannot become {type(value).__name__}; assign to the copies "
-            f"in `{rec.name}.per_task` instead."
+            f"{rec.name}.{name} has one copy per task and cannot become {given}; assign to the copies in "
+            f"`{rec.name}.per_task` instead. If the forward lends the layer other weights (functional_call), name the "
+            "module that does so in `split(..., atomic=[...])`, or use mode='loop'."
         )
     groups = rec.param_groups if is_param else rec.buffer_groups
     if not is_param and type(value) is Branched and refine(groups, complete(value.masks, rec.family.full)) != groups:
@@ -259,6 +277,7 @@ def split_parameters(module: nn.Module, groups: Masks, *, buffers: bool, memo: d
     rec.params = tuple(n for n, p in module._parameters.items() if p is not None)
     rec.param_groups = groups
     _move(module, "_parameters", rec.params, groups, memo)
+    module.__dict__["_parameters"] = Moved(module._parameters, rec.name)
     if buffers:
         rec.buffers = tuple(n for n, b in module._buffers.items() if b is not None)
         rec.buffer_groups = groups
