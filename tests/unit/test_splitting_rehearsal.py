@@ -188,7 +188,7 @@ class Leaving(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y, self.last = x * self.weight + self.last, x.detach()
-        return y
+        return cast(Tensor, y)
 
 
 def test_a_group_meets_what_its_tasks_left_one_by_one() -> None:
