@@ -19,6 +19,7 @@ import tyro
 from reconmtl.commands import COMMANDS, preflight
 from reconmtl.configuration import read_config
 from reconmtl.errors import ConfigError, Interrupted, ReconError, nearest
+from reconmtl.interruptions import keeping
 from reconmtl.settings import File
 from reconmtl.version import __version__
 
@@ -35,6 +36,8 @@ EXAMPLES = (
     "reconmtl check my_file.py:my_function",
     "reconmtl compare runs/multifashion-demo",
 )
+TRAINING = ("run", "sweep", "probe", "fit")
+"""Commands that train a problem."""
 EXIT_BAD_INPUT = 2
 EXIT_INCOMPLETE = 3
 EXIT_INTERRUPTED = 130
@@ -42,7 +45,7 @@ EXIT_CODES = {
     0: "done",
     EXIT_BAD_INPUT: "bad input, or a training that failed: a sentence on stderr says what to change",
     EXIT_INCOMPLETE: "a sweep ended, but some of its trainings failed",
-    EXIT_INTERRUPTED: "interrupted by SIGINT (Ctrl-C) or SIGTERM; what is finished is kept",
+    EXIT_INTERRUPTED: "interrupted by SIGINT (Ctrl-C) or SIGTERM; a sentence on stderr says what is kept",
 }
 
 
@@ -68,9 +71,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT
     except KeyboardInterrupt as asked:
-        again = "the command" if words[:1] == ["sweep"] else "the command with --resume"
-        saved = asked.saved if isinstance(asked, Interrupted) else ""
-        print(f"\nInterrupted. {saved or f'What is finished is kept: repeat {again}.'}", file=sys.stderr)
+        saved = f". {asked.saved}" if isinstance(asked, Interrupted) and asked.saved else ""
+        early = " before anything was begun." if {*words[:1]} & {*TRAINING} else "."
+        print(f"\nInterrupted{saved or early}", file=sys.stderr)
         return EXIT_INTERRUPTED
     except SystemExit as done:  # the parser's way out, after it has said why
         return done.code if isinstance(done.code, int) else EXIT_BAD_INPUT
@@ -80,12 +83,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:  # a user's code may raise anything, and we may be wrong
         from reconmtl.workers import sentence
 
-        traceback.print_exception(error)
-        print(
-            f"error: {sentence(error)}. The traceback is above; `reconmtl check PROBLEM` looks for everything that is "
-            "wrong with a problem. What is finished is kept, and --resume goes on.",
-            file=sys.stderr,
+        traceback.print_exception(error)  # with a note of what is kept, if anything was begun
+        hint = (
+            "; `reconmtl check PROBLEM` looks for everything that is wrong with a problem"
+            if {*words[:1]} & {*TRAINING}
+            else ""
         )
+        print(f"error: {sentence(error)}. The traceback is above{hint}.", file=sys.stderr)
         return EXIT_BAD_INPUT
     finally:
         if here:
@@ -126,9 +130,9 @@ def _dispatch(words: list[str]) -> int:
 
 def _torchrun(options: Any, faults: Sequence[str], words: Sequence[str]) -> int:  # noqa: ANN401 any command's
     """Start the command again, in a process per device."""
-    preflight(options, faults)
+    folder = preflight(options, faults)
     start = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={options.devices}", "-m", "reconmtl"]
-    with subprocess.Popen([sys.executable, *start, *words]) as process:
+    with keeping(folder), subprocess.Popen([sys.executable, *start, *words]) as process:
         try:
             code = process.wait()
         except KeyboardInterrupt:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from reconmtl.errors import ConfigError, ReconError, nearest
+from reconmtl.interruptions import keeping
 from reconmtl.settings import (
     CheckSettings,
     CompareSettings,
@@ -124,7 +125,7 @@ def probe(options: ProbeSettings, faults: Faults) -> Answer:
         Job(decided, "probe", s, str(folder / n), accelerator=options.accelerator, null=options.null)
         for s, n in zip(decided.seeds, names, strict=True)
     ]
-    _do(options, jobs)
+    _do(options, jobs, folder)
     logs = [ConflictLog.load(folder / n) for n in names]
     log = logs[0].merge(logs[1:])
     if len(logs) > 1:
@@ -239,7 +240,7 @@ def fit(options: FitSettings, faults: Faults) -> Answer:
         )
         for s in decided.seeds
     ]
-    _do(options, jobs)
+    _do(options, jobs, folder)
     problem = load_problem(decided)
     comparison = side_by_side([open_run(folder / f"seed{s}", problem) for s in decided.seeds])
     return _answer(options, {"folder": str(folder), **comparison.to_dict()}, f"{comparison}\n\nResults: {folder}")
@@ -254,12 +255,12 @@ def _decide(settings: Settings, faults: Faults, plan: Any = None) -> Decided:  #
     return decided
 
 
-def preflight(options: Any, faults: Faults) -> None:  # noqa: ANN401
-    """Find out what is wrong in this process, before many are started; makes the folder."""
+def preflight(options: Any, faults: Faults) -> Path:  # noqa: ANN401
+    """Find out what is wrong in this process, before many are started; makes the folder and returns it."""
     from reconmtl.runs import new_folder
 
     decided = _decide(_settings(options), faults)
-    new_folder(_home(options, decided), resume=options.resume, overwrite=options.overwrite)
+    return new_folder(_home(options, decided), resume=options.resume, overwrite=options.overwrite)
 
 
 def _home(options: Any, decided: Decided) -> Path:  # noqa: ANN401
@@ -287,7 +288,7 @@ def _folder(options: Any, decided: Decided) -> Path:  # noqa: ANN401
     return folder
 
 
-def _do(options: Any, todo: Sequence[Any]) -> None:  # noqa: ANN401
+def _do(options: Any, todo: Sequence[Any], folder: Path) -> None:  # noqa: ANN401
     """Do a command's jobs; one that is finished compares its settings and is read."""
     from reconmtl.workers import count, first_failure, here_or_processes, run_jobs
 
@@ -295,7 +296,8 @@ def _do(options: Any, todo: Sequence[Any]) -> None:  # noqa: ANN401
     at_once = (
         1 if options.fast_dev_run and options.jobs is None else count(options.jobs, options.accelerator, unfinished)
     )
-    with here_or_processes(at_once, "never" if options.quiet else options.progress) as workers:
+    quiet = "never" if options.quiet else options.progress
+    with keeping(folder), here_or_processes(at_once, quiet) as workers:
         run_jobs(todo, workers, done=lambda _: None, failed=first_failure)
 
 
@@ -375,7 +377,8 @@ def paper(options: PaperSettings, faults: Faults) -> Answer:
         )
         if options.action == "run":
             tell = _say_nothing if options.quiet else print  # goes to stderr while a command works
-            lacking += experiments.find(name).run(setup, options.seeds or (0,), tell)
+            with keeping(options.out, "repeat the command"):
+                lacking += experiments.find(name).run(setup, options.seeds or (0,), tell)
         seeds = options.seeds or experiments.finished_seeds(name, setup)
         pages[name] = experiments.page(name, setup, seeds)
     missing = [f"{n}, seed {s}: {why}" for n, s, why in lacking]

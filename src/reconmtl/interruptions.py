@@ -6,11 +6,13 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 
-from reconmtl.errors import Interrupted
+from reconmtl.errors import Interrupted, ReconError
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+RESUME = "repeat the command with --resume"
 _asked: list[int] = []
 
 
@@ -35,6 +37,39 @@ def asked_politely() -> Iterator[None]:
         for number, handler in before.items():
             signal.signal(number, handler)
         _asked.clear()
+
+
+@contextmanager
+def keeping(folder: Path, again: str = RESUME) -> Iterator[None]:
+    """Say, with whatever ends the work inside, what is kept of it and how to go on.
+
+    An interruption says it unless it does already; an error that was not foreseen gets a note. Errors of ours are left
+    as they are.
+
+    Args:
+        folder: Of the results.
+        again: What to do to go on.
+    """
+    try:
+        yield
+    except ReconError:
+        raise
+    except KeyboardInterrupt as asked:
+        if not isinstance(asked, Interrupted):
+            raise Interrupted(signal.SIGINT, _kept(folder, again)) from None
+        saved = asked.saved.replace(RESUME.capitalize(), again.capitalize())  # not every command has that option
+        raise Interrupted(asked.signal, saved or _kept(folder, again)) from None
+    except Exception as error:
+        error.add_note(_kept(folder, again))
+        raise
+
+
+def _kept(folder: Path, again: str) -> str:
+    if any(any(folder.rglob(name)) for name in ("result.json", "log.json")):
+        return f"What is finished is kept in {folder}: {again} to go on."
+    if any(folder.rglob("*.ckpt")):
+        return f"Nothing is finished yet, but what was trained is kept in {folder}: {again} to go on."
+    return f"Nothing is finished yet in {folder}: {again} to begin again."
 
 
 def leave_if_asked() -> None:

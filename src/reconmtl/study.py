@@ -16,6 +16,7 @@ from reconmtl.conflicts import ConflictLog
 from reconmtl.errors import ReconError, RunError
 from reconmtl.evaluation import Machine
 from reconmtl.files import read_json, write_bytes, write_json
+from reconmtl.interruptions import keeping
 from reconmtl.jobs import Job, choose_plan, own_log, rehearse
 from reconmtl.plan import Plan
 from reconmtl.problem import Problem
@@ -60,14 +61,15 @@ def run_study(settings: Settings, *, faults: Sequence[str] = ()) -> Study:
     out = settings.out or default_folder(decided)
     ranks = Machine(accelerator=settings.accelerator).ranks()
     folder = ranks.first(lambda: new_folder(out, resume=settings.resume, overwrite=settings.overwrite))
-    jobs = study_jobs(decided, folder, settings)
-    if (folder / "log" / "log.json").exists():
-        save_plan(folder, decided)  # damage shows before the work
-    alone = settings.jobs is None and decided.max_batches is not None  # a process takes longer to start than that
-    side_by_side = 1 if alone else count(settings.jobs, settings.accelerator, len(jobs))
-    with here_or_processes(side_by_side, "never" if settings.quiet else settings.progress) as workers:
-        run_jobs(jobs, workers, done=lambda job: after(job, folder), failed=first_failure)
-    return conclude(folder, decided)
+    with keeping(folder):
+        jobs = study_jobs(decided, folder, settings)
+        if (folder / "log" / "log.json").exists():
+            save_plan(folder, decided)  # damage shows before the work
+        alone = settings.jobs is None and decided.max_batches is not None  # a process takes longer to start than that
+        side_by_side = 1 if alone else count(settings.jobs, settings.accelerator, len(jobs))
+        with here_or_processes(side_by_side, "never" if settings.quiet else settings.progress) as workers:
+            run_jobs(jobs, workers, done=lambda job: after(job, folder), failed=first_failure)
+        return conclude(folder, decided)
 
 
 def study_jobs(decided: Decided, folder: Path, settings: Settings | SweepSettings) -> list[Job]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from reconmtl.choices import Decided, decide, default_folder
 from reconmtl.errors import ConfigError, ReconError
 from reconmtl.files import write_json
+from reconmtl.interruptions import keeping
 from reconmtl.jobs import Job, rehearse
 from reconmtl.runs import new_folder
 from reconmtl.settings import Settings, SweepSettings
@@ -83,6 +84,11 @@ def run_sweep(settings: SweepSettings, *, faults: Sequence[str] = ()) -> Sweep:
     folder = new_folder(
         settings.out or Path("runs") / "sweep", resume=not settings.overwrite, overwrite=settings.overwrite
     )
+    with keeping(folder, "repeat the command"):
+        return _run(settings, studies, folder)
+
+
+def _run(settings: SweepSettings, studies: dict[str, Decided], folder: Path) -> Sweep:
     # Written first: it makes the folder one of ours, which may be continued or overwritten.
     write_json(folder / "config.json", {"format": FORMAT, "problem": list(studies), "norm_stats": settings.norm_stats})
     homes = {p: folder / default_folder(d).name for p, d in studies.items()}

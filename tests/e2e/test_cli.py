@@ -339,3 +339,91 @@ def test_a_damaged_finished_run_is_named_with_the_way_out(say: Say) -> None:
     assert "Delete out/joint/seed0 and repeat with --resume" in said.err
     shutil.rmtree("out/joint/seed0")
     assert say(*words, "--resume").code == 0
+
+
+# What is said at the end. ---------------------------------------------------------------------------------------------
+
+INTERRUPTED = """
+import os, signal
+from reconmtl.problems import planted
+
+def interrupt():
+    os.kill(os.getpid(), signal.SIGINT)
+
+def early():
+    interrupt()
+
+class Data(planted.PlantedData):
+    left = 100
+
+    def batch(self, indices):
+        Data.left -= 1
+        if Data.left == 0:
+            self.end()
+        return super().batch(indices)
+
+class Stops(Data):
+    end = staticmethod(interrupt)
+
+class Raises(Data):
+    def end(self):
+        raise KeyError("colour")
+
+def late():
+    Data.left = 24
+    return planted.make().replace(train=Stops(512, seed=1))
+
+def wrong():
+    Data.left = 24
+    return planted.make().replace(train=Raises(512, seed=1))
+"""
+SHORT = ("--epochs", "2", "--seeds", "0", "--accelerator", "cpu", "--out", "out")
+
+
+def test_an_interruption_before_the_work_says_that_nothing_was_begun(say: Say, monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("mine.py").write_text(INTERRUPTED)
+    for command in (("run",), ("probe",), ("fit",), ("sweep", "--problems")):
+        said = say(*command, "mine.py:early", *SHORT)
+        assert (said.code, said.err) == (130, "\nInterrupted before anything was begun.\n") and not Path("out").exists()
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("reconmtl.collecting.find_runs", interrupt)
+    assert (said := say("compare", "out")).code == 130 and said.err == "\nInterrupted.\n"
+
+
+def test_an_interruption_of_a_training_says_where_its_state_is(say: Say) -> None:
+    Path("mine.py").write_text(INTERRUPTED)
+    said = say("fit", "mine.py:late", *SHORT)
+    told = "Interrupted. Saved in epoch 2 of 2, out/seed0/last.ckpt. Repeat the command with --resume to go on."
+    assert said.code == 130 and said.err.strip() == told
+
+
+@pytest.mark.parametrize(
+    ("where", "told"),
+    [
+        ("study_jobs", "Nothing is finished yet in out: repeat the command with --resume to begin again."),
+        ("conclude", "What is finished is kept in out: repeat the command with --resume to go on."),
+    ],
+)
+def test_an_interruption_between_trainings_says_what_is_kept(
+    where: str, told: str, say: Say, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(f"reconmtl.study.{where}", interrupt)
+    said = say("run", "planted", *SHORT, "--probe-epochs", "1", "--methods", "joint", "--jobs", "1", "--quiet")
+    assert said.code == 130 and said.err == f"\nInterrupted. {told}\n"
+
+
+def test_an_unforeseen_error_says_what_is_kept_only_where_anything_was_begun(say: Say) -> None:
+    Path("mine.py").write_text(INTERRUPTED)
+    said = say("fit", "mine.py:wrong", *SHORT)
+    assert said.code == 2 and "error: KeyError: 'colour' (" in said.err
+    kept = "Nothing is finished yet, but what was trained is kept in out: repeat the command with --resume to go on."
+    assert kept in said.err
+    Path("other.py").write_text("def make():\n    raise KeyError('colour')\n")
+    said = say("fit", "other.py:make", *SHORT[:-1], "other")
+    assert said.code == 2 and "kept" not in said.err and "--resume" not in said.err
