@@ -28,6 +28,7 @@ from reconmtl.settings import (
 
 if TYPE_CHECKING:
     from reconmtl.choices import Decided
+    from reconmtl.progress import Mode
 
 Faults = Sequence[str]
 """What is wrong with the file of options, to be reported together with the rest."""
@@ -296,8 +297,8 @@ def _do(options: Any, todo: Sequence[Any], folder: Path) -> None:  # noqa: ANN40
     at_once = (
         1 if options.fast_dev_run and options.jobs is None else count(options.jobs, options.accelerator, unfinished)
     )
-    quiet = "never" if options.quiet else options.progress
-    with keeping(folder), here_or_processes(at_once, quiet) as workers:
+    mode: Mode = "never" if options.quiet else options.progress
+    with keeping(folder), here_or_processes(at_once, mode) as workers:
         run_jobs(todo, workers, done=lambda _: None, failed=first_failure)
 
 

@@ -427,3 +427,39 @@ def test_an_unforeseen_error_says_what_is_kept_only_where_anything_was_begun(say
     Path("other.py").write_text("def make():\n    raise KeyError('colour')\n")
     said = say("fit", "other.py:make", *SHORT[:-1], "other")
     assert said.code == 2 and "kept" not in said.err and "--resume" not in said.err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("jobs", ["1", "2"])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_study_that_was_interrupted_and_resumed_ends_as_one_that_was_not(
+    jobs: str, number: signal.Signals, tmp_path: Path
+) -> None:
+    words = ["run", "planted", "--epochs", "40", "--probe-epochs", "2", "--seeds", "0", "--accelerator", "cpu"]
+    words += ["--jobs", jobs, "--out"]
+    assert _run(*words, "whole", cwd=tmp_path).returncode == 0
+    process = subprocess.Popen(
+        [sys.executable, "-m", "reconmtl", *words, "parts"],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    while not (tmp_path / "parts" / "plan.json").exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    if number is signal.SIGINT:
+        os.killpg(process.pid, number)  # as a terminal does for Ctrl-C
+    else:
+        process.send_signal(number)
+    out, errors = process.communicate(timeout=90)
+    assert process.returncode == 130 and out == "" and "Traceback" not in errors
+    assert len(errors.strip().splitlines()) == 1 and errors.strip().endswith("with --resume to go on.")
+    assert not list((tmp_path / "parts").glob("joint/seed0/result.json"))
+    assert _run(*words, "parts", "--resume", cwd=tmp_path).returncode == 0
+    names = ("result.json", "last.ckpt", "metrics.jsonl", "plan.json", "grams.safetensors")
+    files = [f.relative_to(tmp_path / "whole") for n in names for f in (tmp_path / "whole").rglob(n)]
+    assert len(files) > 12
+    for file in files:
+        assert (tmp_path / "whole" / file).read_bytes() == (tmp_path / "parts" / file).read_bytes(), file
