@@ -1,8 +1,11 @@
 """Slow and obviously right."""
 
+import math
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 
@@ -41,3 +44,23 @@ def count_conflicts(cosines: list[list[list[float]]], severity: float) -> list[i
                 if cosine < severity:
                     counts[layer] += 1
     return counts
+
+
+def jacobian(seed: int, tasks: int, kind: str) -> NDArray[np.float64]:
+    """Gradients in general position, of very different lengths, linearly dependent, or all but equal."""
+    rng = np.random.default_rng(seed)
+    rows = rng.standard_normal((tasks, {"dependent": max(2, tasks // 2)}.get(kind, 2 * tasks + 3)))
+    if kind == "uneven":
+        rows *= 10 ** rng.uniform(-3, 3, (tasks, 1))
+    if kind == "alike":
+        rows = rows[:1] + 0.05 * rows
+    return rows
+
+
+KINDS = ("general", "uneven", "dependent", "alike")
+
+
+def cagrad_objective(w: NDArray[np.float64], gram: NDArray[np.float64], c: float) -> float:
+    """What CAGrad's weights [T] on the simplex minimise, from inner products [T, T]."""
+    mean = gram.mean(1)
+    return float(w @ mean + c * math.sqrt(mean.mean()) * math.sqrt(max(float(w @ gram @ w), 0.0)))

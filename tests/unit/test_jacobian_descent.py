@@ -1,10 +1,14 @@
+import math
+
 import pytest
 import torch
 
+from oracles import KINDS, cagrad_objective, jacobian
 from reconmtl.balance import Balancer
 from reconmtl.checkpoints import pack
 from reconmtl.errors import MissingExtraError
 from reconmtl.jacobian_descent import Kept
+from reconmtl.solvers import conflict_averse
 
 aggregation = pytest.importorskip("torchjd.aggregation")
 TASKS = ("a", "b", "c")
@@ -16,7 +20,7 @@ RELATIONS = [
     ("aligned-mtl:scale_mode=rmse", lambda: aggregation.AlignedMTL(scale_mode="rmse"), 3.0),
     ("upgrad", aggregation.UPGrad, 3.0),
     ("dualproj", aggregation.DualProj, 3.0),
-    ("mgda", lambda: aggregation.MGDA(epsilon=1e-9, max_iters=100000), 3.0),
+    ("mgda", lambda: aggregation.MGDA(epsilon=1e-9, max_iters=10000), 3.0),
     ("graddrop", aggregation.GradDrop, 1.0),
     ("config", aggregation.ConFIG, 1.0),
 ]
@@ -35,6 +39,46 @@ def test_results_are_torchjds_times_a_factor(spec: str, make: type, factor: floa
         else:
             ours = balancer.weights(rows @ rows.T).float() @ rows
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3 * float(theirs.norm()))
+
+
+@pytest.mark.parametrize("power", [-12, 0, 12])
+@pytest.mark.parametrize("kind", KINDS)
+def test_cagrad_is_torchjds_where_its_solver_is_installed(kind: str, power: int) -> None:
+    """Never a worse objective, and the same direction, for gradients from 1e-12 to 1e12; its own are of size one."""
+    pytest.importorskip("cvxpy")
+    pytest.importorskip("clarabel")
+    for tasks in (2, 3, 5, 8, 20, 40):
+        for c in (0.1, 0.4, 0.9):
+            rows = jacobian(tasks, tasks, kind)
+            gram = rows @ rows.T
+            gram /= gram.trace()
+            theirs = aggregation.CAGradWeighting(c=c, norm_eps=1e-20)(torch.from_numpy(gram)).numpy()
+            ours = conflict_averse(gram * 10.0 ** (2 * power), c)
+            lengths = [math.sqrt(w @ gram @ w) for w in (ours, theirs)]
+            # its interior point method knows the objective to 1e-8, so the direction to about the root of that
+            bound = 1e-7 if kind in ("general", "alike") else 1e-5
+            assert 1 - ours @ gram @ theirs / lengths[0] / lengths[1] <= bound
+            changes = [w - 1 / tasks for w in (ours, theirs)]
+            reached, least = (cagrad_objective(w / w.sum(), gram, c) for w in changes)
+            assert reached <= least + 1e-6 * abs(least)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # cvxpy's, about how TorchJD states the problem
+def test_nash_mtl_is_torchjds_wherever_that_solves_its_own_equation() -> None:
+    pytest.importorskip("cvxpy")
+    pytest.importorskip("ecos")
+    solved = 0
+    for tasks in (2, 3, 5, 8):
+        for seed in range(3):
+            rows = torch.from_numpy(jacobian(seed, tasks, "general"))
+            rows /= (rows @ rows.T).norm().sqrt()
+            alpha = aggregation.NashMTL(n_tasks=tasks, max_norm=0.0).weighting(rows)
+            if float((rows @ rows.T @ alpha * alpha - 1).norm()) > 1e-3:
+                continue
+            solved += 1
+            ours = Balancer("nash-mtl:max_norm=0").weights(rows @ rows.T)
+            torch.testing.assert_close(ours @ rows, alpha.double() @ rows, rtol=1e-4, atol=1e-6)
+    assert solved >= 8
 
 
 @pytest.mark.parametrize("name", ["GradVac", "PCD", "ExcessMTL"])

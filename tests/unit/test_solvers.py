@@ -5,23 +5,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from reconmtl.solvers import Array, bargain, conflict_averse, min_norm, nonnegative
+from oracles import KINDS, cagrad_objective, jacobian
+from reconmtl.solvers import bargain, conflict_averse, min_norm, nonnegative
 
 minimize = pytest.importorskip("scipy.optimize").minimize
 
 
-def jacobian(seed: int, tasks: int, kind: str) -> Array:
-    """Gradients in general position, of very different lengths, linearly dependent, or all but equal."""
-    rng = np.random.default_rng(seed)
-    rows = rng.standard_normal((tasks, {"dependent": max(2, tasks // 2)}.get(kind, 2 * tasks + 3)))
-    if kind == "uneven":
-        rows *= 10 ** rng.uniform(-3, 3, (tasks, 1))
-    if kind == "alike":
-        rows = rows[:1] + 0.05 * rows
-    return rows
-
-
-KINDS = ("general", "uneven", "dependent", "alike")
 cases = st.tuples(st.integers(0, 10**6), st.integers(2, 40), st.sampled_from(KINDS), st.integers(-12, 12))
 
 
@@ -39,11 +28,6 @@ def test_min_norm_meets_its_optimality_conditions(case: tuple[int, int, str, int
     assert (gram @ w - w @ gram @ w >= -rounding).all()
 
 
-def objective(w: Array, gram: Array, c: float) -> float:
-    mean = gram.mean(1)
-    return float(w @ mean + c * math.sqrt(mean.mean()) * math.sqrt(max(float(w @ gram @ w), 0.0)))
-
-
 @settings(deadline=None, max_examples=60)
 @given(cases, st.sampled_from([0.1, 0.4, 0.9]))
 def test_cagrad_is_optimal_by_duality(case: tuple[int, int, str, int], c: float) -> None:
@@ -57,15 +41,15 @@ def test_cagrad_is_optimal_by_duality(case: tuple[int, int, str, int], c: float)
     gain = float((gram @ found).min())
     scale = math.sqrt(gram.mean() * gram.diagonal().max())
     total = change.sum()
-    bound = objective(change / total, gram, c) if total > 1e-12 else 0.0
-    stationary = objective(min_norm(gram), gram, c)
+    bound = cagrad_objective(change / total, gram, c) if total > 1e-12 else 0.0
+    stationary = cagrad_objective(min_norm(gram), gram, c)
     assert gain == pytest.approx(min(bound, stationary), rel=1e-6, abs=1e-7 * scale)
 
 
 @pytest.mark.parametrize("tasks", [2, 3, 8, 20, 40])
-@pytest.mark.parametrize("power", [-10, 0, 10])
+@pytest.mark.parametrize("power", [-24, 0, 24])
 def test_cagrad_against_a_general_solver(tasks: int, power: int) -> None:
-    """Objective within 1e-6 of sequential quadratic programming's, direction within 1e-4, whatever the size."""
+    """Objective within 1e-6 of sequential quadratic programming's, direction within 1e-4, for norms 1e-12 to 1e12."""
     for seed in range(3):
         rows = jacobian(seed, tasks, "general")
         gram, c = rows @ rows.T, 0.4
@@ -73,7 +57,7 @@ def test_cagrad_against_a_general_solver(tasks: int, power: int) -> None:
         mean = gram.mean(1)
         phi = c * math.sqrt(mean.mean())
         best = minimize(
-            objective,
+            cagrad_objective,
             np.full(tasks, 1 / tasks),
             args=(gram, c),
             jac=lambda w, g, _, mean=mean, phi=phi: mean + phi * g @ w / math.sqrt(w @ g @ w),
@@ -84,7 +68,7 @@ def test_cagrad_against_a_general_solver(tasks: int, power: int) -> None:
         slow = np.clip(best.x, 0, None) / np.clip(best.x, 0, None).sum()
         ours = conflict_averse(gram * 10.0**power, c)
         w = (ours - 1 / tasks) / (ours - 1 / tasks).sum()
-        reached, least = objective(w, gram, c), objective(slow, gram, c)
+        reached, least = cagrad_objective(w, gram, c), cagrad_objective(slow, gram, c)
         assert reached <= least + 1e-6 * abs(least)
         theirs = 1 / tasks + phi / math.sqrt(slow @ gram @ slow) * slow
         between = ours @ gram @ theirs / math.sqrt((ours @ gram @ ours) * (theirs @ gram @ theirs))
