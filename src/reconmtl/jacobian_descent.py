@@ -81,6 +81,12 @@ class Kept(Rule):
             _put(modules[name], key, value)
 
 
+def _suited(values: Tensor, module: nn.Module) -> Tensor:
+    """The values in the type of the tensors that a module was made with, if any; it may not mix types."""
+    own = [t.dtype for _, _, t in _attributes(module) if isinstance(t, Tensor) and t.is_floating_point()]
+    return values.to(own[0]) if own else values
+
+
 def _attributes(module: nn.Module) -> Iterator[tuple[str, str, Any]]:
     """Part, attribute and value of all that may be a state."""
     for name, part in module.named_modules():
@@ -146,7 +152,8 @@ class Weighted(Kept):
     def weights(self, gram: Tensor, losses: Tensor) -> Tensor:
         """See `Rule`."""
         size = gram.diagonal().sum()
-        found: Tensor = self.module(gram / size if self.invariant and size > 0 else gram).detach()
+        given = gram / size if self.invariant and size > 0 else gram
+        found: Tensor = self.module(_suited(given, self.module)).detach()
         return found * len(losses) if self.times_tasks else found
 
 
@@ -181,7 +188,7 @@ class Scalarized(Kept):
         del gram
         own = self.parameters()
         with torch.enable_grad():
-            values = losses.detach().clone().requires_grad_()
+            values = _suited(losses.detach().clone(), self.module).requires_grad_()
             total = self.module(values)
             found, *grads = torch.autograd.grad(total, [values, *own], allow_unused=True)
         for parameter, grad in zip(own, grads, strict=True):

@@ -121,7 +121,8 @@ def test_a_method_trains_in_both_forms_and_can_be_opened(method: str, tmp_path: 
 
 
 @pytest.mark.parametrize(
-    "method", ["cagrad", "pcgrad", "uw", "famo", "dwa", "gradvac", "db-mtl", "rotograd:m=6", "mmoe"]
+    "method",
+    ["cagrad", "pcgrad", "graddrop", "rlw", "uw", "famo", "dwa", "gradvac", "pcd", "db-mtl", "rotograd:m=6", "mmoe"],
 )
 def test_a_training_that_was_stopped_ends_as_if_it_had_not_been(
     method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -1,4 +1,6 @@
+import copy
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -6,11 +8,11 @@ import torch
 from oracles import KINDS, cagrad_objective, jacobian
 from reconmtl.balance import Balancer
 from reconmtl.checkpoints import pack
-from reconmtl.errors import MissingExtraError
+from reconmtl.errors import MissingExtraError, ProblemError
 from reconmtl.jacobian_descent import Kept
 from reconmtl.solvers import conflict_averse
 
-aggregation = pytest.importorskip("torchjd.aggregation")
+aggregation, scalarization = pytest.importorskip("torchjd.aggregation"), pytest.importorskip("torchjd.scalarization")
 TASKS = ("a", "b", "c")
 
 RELATIONS = [
@@ -39,6 +41,65 @@ def test_results_are_torchjds_times_a_factor(spec: str, make: type, factor: floa
         else:
             ours = balancer.weights(rows @ rows.T).float() @ rows
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3 * float(theirs.norm()))
+
+
+ARGUMENTS: dict[str, dict[str, Any]] = {  # of those that cannot be made without
+    "CAGrad": {"c": 0.4},
+    "CAGradWeighting": {"c": 0.4},
+    "Constant": {"weights": torch.tensor([1.0, 2.0, 3.0])},
+    "ConstantWeighting": {"weights": torch.tensor([1.0, 2.0, 3.0])},
+    "COSMOS": {"lambda_": 0.5, "weights": torch.tensor([1.0, 2.0, 3.0])},
+    "CRMOGMWeighting": {"weighting": aggregation.UPGradWeighting()},
+    "FairGrad": {"alpha": 1.0},
+    "FairGradWeighting": {"alpha": 1.0},
+    "FAMO": {"shape": 3},
+    "IMTLL": {"shape": 3},
+    "Krum": {"n_byzantine": 0},
+    "KrumWeighting": {"n_byzantine": 0},
+    "NashMTL": {"n_tasks": 3},
+    "PBI": {"theta": 0.5, "weights": torch.tensor([1.0, 2.0, 3.0])},
+    "STCH": {"mu": 1.0},
+    "TrimmedMean": {"trim_number": 1},
+    "UW": {"shape": 3},
+}
+BASES = ("Aggregator", "GramianWeightedAggregator", "Scalarizer", "Weighting", "WeightedAggregator")
+REFUSED = ("ExcessMTLWeighting", "MoDoWeighting", "SDMGradWeighting")
+CLASSES = [(kind, n) for kind in (aggregation, scalarization) for n in kind.__all__ if n not in BASES]
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # cvxpy's, where it is installed
+@pytest.mark.parametrize(("kind", "name"), CLASSES, ids=lambda x: x if isinstance(x, str) else "")
+def test_whatever_torchjd_offers_is_taken_as_it_is_or_refused(kind: Any, name: str) -> None:
+    def make() -> Any:
+        return copy.deepcopy(getattr(kind, name)(**ARGUMENTS.get(name, {})))
+
+    try:
+        theirs = make()
+    except ImportError as error:
+        pytest.skip(str(error))
+    if name in REFUSED:
+        with pytest.raises(ProblemError, match=name):
+            Balancer(theirs, TASKS)
+        return
+    single = any(isinstance(v, torch.Tensor) for v in ARGUMENTS.get(name, {}).values())  # it may not mix types
+    rows = torch.rand(3, 11, generator=torch.Generator().manual_seed(0), dtype=torch.float64) - 0.3
+    given, losses = rows.to(torch.float32 if single else rows.dtype), torch.tensor([0.5, 1, 2], dtype=torch.float64)
+    rule = Balancer(make(), TASKS).rule
+    torch.manual_seed(1)
+    if kind is scalarization:
+        leaf = losses.to(given.dtype).requires_grad_()
+        theirs(leaf).backward()
+        expected = leaf.grad
+    else:
+        expected = theirs(given) if isinstance(theirs, aggregation.Aggregator) else theirs(given @ given.T) @ given
+    torch.manual_seed(1)
+    if rule.takes == "rows":
+        found = rule.update(given.clone(), losses)
+    else:
+        found = rule.weights(rows @ rows.T, losses)
+        found = found if rule.takes == "losses" else found.double() @ rows
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6, check_dtype=False)
+    pack(rule.state_dict(), {})  # what a checkpoint can hold
 
 
 @pytest.mark.parametrize("power", [-12, 0, 12])
