@@ -356,7 +356,9 @@ def report(options: ReportSettings, faults: Faults) -> Answer:
 
 def paper(options: PaperSettings, faults: Faults) -> Answer:
     """Repeat tables and figures of the paper."""
+    from reconmtl.files import write_text
     from reconmtl.paper import experiments
+    from reconmtl.reporting.figures import check_matplotlib
 
     found = list(faults)
     if options.action != "ls" and not options.names:
@@ -366,12 +368,20 @@ def paper(options: PaperSettings, faults: Faults) -> Answer:
             experiments.find(name)
         except ReconError as error:
             found.append(str(error))
+    if options.figures is not None:
+        try:
+            check_matplotlib()
+        except ReconError as error:
+            found.append(str(error))
+    if options.to is not None and options.to.is_dir():
+        found.append(f"--to {options.to} is a folder; give a file, e.g. {options.to / 'paper.md'}.")
     _stop(found)
     if options.action == "ls":
         data = experiments.listed()
         return _answer(options, data, experiments.overview(data))
     lacking = []
-    pages = {}
+    pages: dict[str, str] = {}
+    drawn: dict[str, str] = {}
     for name in options.names:
         setup = experiments.find(name).setup(
             options.scale, options.out, smoke=options.fast_dev_run, accelerator=options.accelerator
@@ -382,8 +392,17 @@ def paper(options: PaperSettings, faults: Faults) -> Answer:
                 lacking += experiments.find(name).run(setup, options.seeds or (0,), tell)
         seeds = options.seeds or experiments.finished_seeds(name, setup)
         pages[name] = experiments.page(name, setup, seeds)
+        if options.figures is not None:
+            picture = experiments.draw(name, setup, seeds, options.figures)
+            if picture is not None:
+                drawn[name] = str(picture)
+                pages[name] += experiments.embedded(name, picture, options.to)
+    text = "\n\n".join(pages.values())
+    if options.to is not None:
+        write_text(options.to, text + "\n")
     missing = [f"{n}, seed {s}: {why}" for n, s, why in lacking]
-    return _answer(options, {"pages": pages, "missing": missing}, "\n\n".join(pages.values()), 3 if lacking else 0)
+    answer = {"pages": pages, "figures": drawn, "missing": missing}
+    return _answer(options, answer, text, 3 if lacking else 0)
 
 
 def _finite(*values: float) -> tuple[float | None, ...]:

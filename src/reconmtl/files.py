@@ -45,14 +45,18 @@ def is_leftover(path: Path) -> bool:
     return re.fullmatch(r"\..+\.[0-9a-f]{8}", path.name) is not None and path.is_file() and not path.is_symlink()
 
 
-def write_json(path: str | Path, content: object) -> None:
-    """Write JSON, indented, atomically."""
-    text = json.dumps(content, indent=1, allow_nan=False) + "\n"
+def write_text(path: str | Path, text: str) -> None:
+    """Write text as UTF-8, atomically."""
 
     def write(temporary: Path) -> None:
         temporary.write_text(text, encoding="utf-8")
 
     write_bytes(path, write)
+
+
+def write_json(path: str | Path, content: object) -> None:
+    """Write JSON, indented, atomically."""
+    write_text(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
 
 
 def append_json(path: Path, content: object) -> None:

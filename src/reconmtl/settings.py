@@ -472,6 +472,10 @@ class PaperOptions:
     """Two small batches of everything, to see that all of it runs; the numbers mean nothing."""
     out: Annotated[Path, tyro.conf.arg(metavar="DIR")] = Path("results/paper")
     """Folder of all experiments; they share trainings."""
+    to: Annotated[Path | None, tyro.conf.arg(metavar="FILE", aliases=["-o"])] = None
+    """Write what is printed to this file too, as Markdown."""
+    figures: Folder = None
+    """Folder for a figure of each experiment as PDF and PNG (pip install "reconmtl[figures]")."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -481,7 +485,7 @@ class PaperSettings(PaperOptions, OutputOptions):
     examples: ClassVar = (
         "reconmtl paper ls",
         "reconmtl paper run controls --seeds 0 1 2",
-        "reconmtl paper show t1 t7 --scale mini",
+        "reconmtl paper show t1 t7 --to page.md --figures figures",
     )
 
 

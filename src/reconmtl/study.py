@@ -15,7 +15,7 @@ from reconmtl.comparing import Comparison, compare
 from reconmtl.conflicts import ConflictLog
 from reconmtl.errors import ReconError, RunError
 from reconmtl.evaluation import Machine
-from reconmtl.files import read_json, write_bytes, write_json
+from reconmtl.files import read_json, write_json, write_text
 from reconmtl.interruptions import keeping
 from reconmtl.jobs import Job, choose_plan, own_log, rehearse
 from reconmtl.plan import Plan
@@ -145,7 +145,7 @@ def conclude(folder: Path, decided: Decided, failed: Callable[[str, int, ReconEr
     comparison = compare(runs, left_out=damaged)
     text = summary(comparison, ranking, plan, facts(decided, problem, runs))
     write_json(folder / "comparison.json", comparison.to_dict())
-    write_bytes(folder / "table.md", lambda temporary: _write_text(temporary, text + "\n"))
+    write_text(folder / "table.md", text + "\n")
     return Study(folder, comparison, ranking, plan, text)
 
 
@@ -154,10 +154,6 @@ def _opened(path: Path, problem: Problem) -> Run:
         return open_run(path, problem)
     except ReconError as error:
         raise RunError(f"{error} Delete {path} and repeat with --resume to train it again.") from None
-
-
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
 
 
 def _count(n: int, what: str) -> str:

@@ -1,5 +1,6 @@
 """Every table and figure: listed with its scales, runs on two small batches, and shows what it found."""
 
+import importlib.util
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,8 @@ from reconmtl.errors import UnknownNameError
 from reconmtl.paper import experiments, tables
 from reconmtl.paper.controls import recon
 from reconmtl.paper.published import TITLES, load
+
+RUNS = Path(__file__).parents[2] / "results" / "paper"
 
 
 def test_every_table_and_figure_is_an_entry() -> None:
@@ -52,6 +55,27 @@ def test_every_experiment_runs_on_two_small_batches(name: str, out: Path) -> Non
     assert page.startswith(f"## {name}: ")
     assert "Nothing is finished yet" not in page
     assert "|" in page
+    if importlib.util.find_spec("matplotlib") is not None:
+        picture = experiments.draw(name, setup, (0,), out / "figures")
+        assert picture is not None and picture.read_bytes()[:4] == b"\x89PNG" and picture.stem == f"mini-{name}"
+
+
+def test_showing_trains_nothing_and_writes_what_was_asked_for(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    words = ["paper", "show", "t12", "t1", "f11", "controls", "--out", str(tmp_path / "none")]
+    assert main([*words, "--to", str(tmp_path / "page.md"), "--figures", str(tmp_path / "figures")]) == 0
+    assert (tmp_path / "page.md").read_text(encoding="utf-8").count("Nothing is finished yet") == 4
+    assert [f.name for f in tmp_path.iterdir()] == ["page.md"]
+    setup = experiments.find("t7").setup("mini", RUNS)
+    picture = experiments.draw("t7", setup, (0, 1, 2), tmp_path / "figures")
+    assert picture is not None
+    assert experiments.embedded("t7", picture, tmp_path / "page.md").endswith("](figures/mini-t7.png)")
+
+
+def test_showing_refuses_what_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["paper", "show", "t1", "t77", "--to", str(tmp_path)]) == 2
+    said = capsys.readouterr().err
+    assert "is a folder" in said and "t77" in said
 
 
 @pytest.mark.slow

@@ -14,6 +14,7 @@ from reconmtl.paper.published import (
     SINGLE,
     TITLES,
     Printed,
+    agreement,
     distances,
     distributions,
     drops,
@@ -142,3 +143,20 @@ def test_a_printed_number_is_as_exact_as_its_column() -> None:
 def test_unknown_tables_are_refused(call: Callable[[], object]) -> None:
     with pytest.raises(UnknownNameError, match="no table"):
         call()
+
+
+@pytest.mark.parametrize(
+    ("ours", "printed", "said"),
+    [
+        (2.0, 3.0, "sign and size"),
+        (-1.0, -2.0, "sign and size"),
+        (9.0, 3.0, "sign"),
+        (-0.1, 0.1, "no"),
+        (None, 1.0, ""),
+    ],
+)
+def test_agreement_is_of_sign_then_of_size_within_a_factor_of_two(
+    ours: float | None, printed: float, said: str
+) -> None:
+    assert agreement(ours, printed) == said
+    assert agreement(math.nan, printed) == agreement(ours, None) == ""

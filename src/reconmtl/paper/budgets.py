@@ -6,12 +6,12 @@ own order, so that ways are compared at equal size and not only at equal number.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate
 from typing import Literal
 
 from reconmtl.conflicts import ConflictLog
-from reconmtl.paper.controls import KS, WAYS, Priced, priced
+from reconmtl.paper.controls import KS, WAYS
 from reconmtl.paper.trainings import Choice, Setup, Training
 from reconmtl.plan import Plan
 
@@ -80,16 +80,6 @@ def curve(norm_stats: Literal["per-task", "shared"]) -> dict[str, tuple[Training
     }
 
 
-def in_turns(of: dict[str, tuple[Training, ...]]) -> tuple[Training, ...]:
+def in_turns(of: Mapping[str, Sequence[Training]]) -> tuple[Training, ...]:
     """All trainings, point by point: whoever stops early has all ways at some points."""
     return tuple(training for point in zip(*of.values(), strict=True) for training in point)
-
-
-def points(setup: Setup, of: dict[str, tuple[Training, ...]], seeds: Sequence[int]) -> dict[str, list[Priced]]:
-    """Way -> what is finished of its curve, least added parameters first."""
-    _, found = priced(setup, in_turns(of), seeds)
-    rows = {p.row.label: p for p in found}
-    return {
-        way: sorted((rows[t.row] for t in trainings if t.row in rows), key=lambda p: p.megabytes)
-        for way, trainings in of.items()
-    }

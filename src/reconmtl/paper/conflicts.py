@@ -4,14 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from statistics import fmean
+from typing import TYPE_CHECKING
 
 from reconmtl.comparing import Spread
 from reconmtl.conflicts import distribution, share_below
 from reconmtl.formats import grid
 from reconmtl.paper.controls import random_layers, random_parameters
-from reconmtl.paper.published import CUTS, JOINT, distributions, reduction
+from reconmtl.paper.published import CUTS, JOINT, agreement, distributions, reduction
 from reconmtl.paper.tables import finished, rows
 from reconmtl.paper.trainings import Setup, Training
+from reconmtl.reporting.cosines import Distributions
+from reconmtl.reporting.figures import draw_cosines
+from reconmtl.reporting.material import gather
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 def recorded(*, cagrad: float, record: int, only: Sequence[str] = ()) -> dict[str, Training]:
@@ -28,6 +35,13 @@ def recorded(*, cagrad: float, record: int, only: Sequence[str] = ()) -> dict[st
         name="random parameters, exceeding", choose=random_parameters(exceed=True), record=record
     )
     return {label: t for label, t in of.items() if not only or label in only}
+
+
+def draw(setup: Setup, of: Mapping[str, Training], seeds: Sequence[int]) -> Figure | None:
+    """A histogram of cosines per method."""
+    runs = finished(setup, of, seeds)
+    found = Distributions.of(gather(runs)) if runs else None
+    return None if found is None else draw_cosines(found)
 
 
 def show(setup: Setup, of: Mapping[str, Training], table: str, seeds: Sequence[int]) -> str:
@@ -52,12 +66,14 @@ def show(setup: Setup, of: Mapping[str, Training], table: str, seeds: Sequence[i
             line.append(f"{ours} ({printed[label].shares[i]:g})" if label in printed else ours)
         cells.append(line)
     line = [f"Reduction below {cut:g} (%)"]
+    agrees = ["agrees"]
     base = {seed: tail for seed, _, tail in logs.get(JOINT, [])}
     for label, found in logs.items():
         gains = [reduction(base[s], tail) for s, _, tail in found if base.get(s)] if label != JOINT else []
         told = f"{fmean(gains):.1f}" if gains else "-"
         paper = printed[label].reduction if label in printed else None
         line.append(told if paper is None else f"{told} ({paper:g})")
-    cells.append(line)
+        agrees.append(agreement(fmean(gains) if gains else None, paper))
+    cells += [line, agrees]
     cells.append(["n", *(str(len(found)) for found in logs.values())])
     return grid(titles, cells) + "\n\nPercent of gradient pairs; the paper's in brackets, of one training each."

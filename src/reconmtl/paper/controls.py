@@ -10,15 +10,20 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
+from typing import TYPE_CHECKING
 
 from reconmtl.comparing import Comparison, Row, Spread, compare
 from reconmtl.conflicts import ConflictLog
 from reconmtl.formats import grid, readable
-from reconmtl.paper.published import load
+from reconmtl.paper import drawings
+from reconmtl.paper.published import agreement, load
 from reconmtl.paper.trainings import Choice, Setup, Training
 from reconmtl.plan import Plan
 from reconmtl.runs import Run
 from reconmtl.splitting.costs import Cost, cost
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 def half(setup: Setup, log: ConflictLog) -> int:
@@ -181,11 +186,15 @@ FAIR = (
     Training(name="all norms", choose=norms),
 )
 """Statistics per task, at the same number of layers and of parameters."""
+BY_K = {k: Training(name=f"recon, K = {k}", choose=recon(k), balancer="cagrad:c=0.2") for k in KS}
+BY_SEVERITY = {
+    s: Training(name=f"recon, S = {s:g}", choose=recon(severity=s), balancer="cagrad:c=0.2") for s in SEVERITIES
+}
 FIGURE_3 = (
     Training(name="joint"),
     Training(name="joint", balancer="cagrad:c=0.2"),
-    *(Training(name=f"recon, K = {k}", choose=recon(k), balancer="cagrad:c=0.2") for k in KS),
-    *(Training(name=f"recon, S = {s:g}", choose=recon(severity=s), balancer="cagrad:c=0.2") for s in SEVERITIES),
+    *BY_K.values(),
+    *BY_SEVERITY.values(),
 )
 
 
@@ -295,6 +304,82 @@ def show(setup: Setup, trainings: Sequence[Training], seeds: Sequence[int]) -> s
     return "\n\n".join([grid(titles, cells), *notes])
 
 
+def draw(
+    setup: Setup, ways: Mapping[str, Sequence[Training]], trainings: Sequence[Training], seeds: Sequence[int]
+) -> Figure | None:
+    """Gain over joint training against what it costs: added parameters, and operations.
+
+    Args:
+        setup: Where the runs are.
+        ways: Name of a line -> its trainings; what is in none stands alone.
+        trainings: All of them.
+        seeds: To show.
+    """
+    _, found = priced(setup, trainings, seeds)
+    rows = {p.row.label: p for p in found}
+    joined = {t.row for of in ways.values() for t in of}
+    of = {way: [rows[t.row] for t in line if t.row in rows] for way, line in ways.items()}
+    of |= {label: [p] for label, p in rows.items() if label not in joined}
+
+    def panel(title: str, at: Callable[[Priced], float], *, log: bool) -> drawings.Panel:
+        drawn = {
+            name: [drawings.Point(at(p), p.row.delta_m) for p in sorted(line, key=at) if p.row.delta_m is not None]
+            for name, line in of.items()
+            if line
+        }
+        return drawings.Panel(title, drawn, log=log)
+
+    if not rows:
+        return None
+    return drawings.lines(
+        [
+            panel("added MB", lambda p: p.megabytes, log=True),
+            panel("operations / joint network's", lambda p: p.operations, log=False),
+        ],
+        "Δm relative to joint training (%)",
+    )
+
+
+def draw_choices(setup: Setup, seeds: Sequence[int]) -> Figure | None:
+    """Figure 3: the gain over joint training by K, and by S."""
+    _, found = priced(setup, FIGURE_3, seeds)
+    rows = {p.row.label: p.row.delta_m for p in found}
+
+    def line(of: Mapping[float, Training] | Mapping[int, Training]) -> list[drawings.Point]:
+        there = ((x, rows.get(t.row)) for x, t in sorted(of.items()))
+        return [drawings.Point(x, y) for x, y in there if y is not None]
+
+    panels = [("K", line(BY_K)), ("S", line(BY_SEVERITY))]
+    if not any(points for _, points in panels):
+        return None
+    return drawings.lines(
+        [drawings.Panel(title, {"Recon": points}) for title, points in panels], "Δm relative to joint training (%)"
+    )
+
+
+def beside(found: Sequence[Priced], published: Mapping[str, str]) -> list[list[str]]:
+    """Rows of a table: points of accuracy less than Recon's, ours and the paper's mean over its seeds and balancers.
+
+    Args:
+        found: Our rows.
+        published: See `show_selections`.
+    """
+    printed = load(published["table"]).dicts()
+    means = {p.row.label: {task: s.mean for (task, _), s in p.row.metrics.items()} for p in found}
+    base = means.get(published["Recon"])
+    cells = []
+    for selection, label in published.items():
+        if selection in ("table", "Recon") or base is None or label not in means:
+            continue
+        line = [f"{selection}: {label}"]
+        for task, value in means[label].items():
+            paper = fmean(float(row[f"{task} drop"]) for row in printed if row["selection"] == selection)
+            drop = base[task] - value
+            line += [f"{drop:+.2f}", f"{paper:+.2f}", agreement(drop, paper)]
+        cells.append(line)
+    return cells
+
+
 def show_selections(
     setup: Setup, published: Mapping[str, str], trainings: Sequence[Training], seeds: Sequence[int]
 ) -> str:
@@ -307,8 +392,15 @@ def show_selections(
         seeds: To show.
     """
     printed = load(published["table"]).dicts()
+    _, found = priced(setup, trainings, seeds)
+    cells = beside(found, published)
+    titles = [
+        "paper's: ours",
+        *(f"{task} {what}" for task in ("digit", "fashion") for what in ("PD", "paper's", "agrees")),
+    ]
     lines = [
         show(setup, trainings, seeds),
+        *([grid(titles, cells)] if cells else []),
         "The paper's rows (PD: points of accuracy less than Recon's):",
         grid(
             ["paper's selection", "ours", "balancer", "seed", "digit", "PD", "fashion", "PD", "MB"],

@@ -9,9 +9,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
-from reconmtl.files import write_bytes
+from reconmtl.files import write_text
 from reconmtl.paper import sizes
 from reconmtl.paper.published import (
     CUTS,
@@ -388,13 +387,9 @@ def page() -> str:
 def main() -> None:
     """Print the page, or write it to the file named on the command line."""
     if len(sys.argv) > 1:
-        write_bytes(sys.argv[1], lambda temporary: _write(temporary, page()))
+        write_text(sys.argv[1], page())
     else:
         print(page())
-
-
-def _write(path: Path, content: str) -> None:
-    path.write_text(content, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from statistics import fmean
+from typing import TYPE_CHECKING
 
 from reconmtl.comparing import Spread
-from reconmtl.errors import ReconError
 from reconmtl.formats import grid
 from reconmtl.nulls import excess
-from reconmtl.paper import published
+from reconmtl.paper import drawings, published
+from reconmtl.paper.published import agreement
 from reconmtl.paper.rankings import bootstrap, distances, kendall_tau, quarters, random_distance
 from reconmtl.paper.trainings import Setup
 from reconmtl.ranking import Ranking
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+NOTHING = "Nothing is finished yet."
 PASSES = {
     "Joint-train": "joint",
     "CAGrad": "cagrad:c=0.2",
@@ -30,16 +36,19 @@ def of_stages(setup: Setup, seed: int) -> dict[str, Ranking]:
 
 
 def of_methods(setup: Setup, seed: int) -> dict[str, Ranking]:
-    """Rankings found while different methods train; those that cannot be probed with are left out."""
-    found = {}
-    for label, balancer in PASSES.items():
-        try:
-            found[label] = setup.probe(seed, balancer=balancer).rank(severity=setup.decided.severity)
-        except ReconError as error:
-            if balancer == "joint":
-                raise
-            print(f"{label}: missing: {error}")
-    return found
+    """Rankings found while different methods train."""
+    severity = setup.decided.severity
+    return {label: setup.probe(seed, balancer=b).rank(severity=severity) for label, b in PASSES.items()}
+
+
+def stages_there(setup: Setup, seeds: Sequence[int]) -> list[int]:
+    """Seeds whose whole training is recorded."""
+    return [s for s in seeds if setup.probed(s, epochs=setup.decided.epochs)]
+
+
+def methods_there(setup: Setup, seeds: Sequence[int]) -> list[int]:
+    """Seeds that have been probed with every method."""
+    return [s for s in seeds if all(setup.probed(s, balancer=b) for b in PASSES.values())]
 
 
 def table(rankings: Sequence[Mapping[str, Ranking]], printed: Mapping[tuple[str, str], float]) -> str:
@@ -61,6 +70,7 @@ def table(rankings: Sequence[Mapping[str, Ranking]], printed: Mapping[tuple[str,
                 f"{later} - {earlier}",
                 Spread.of(values).show(2),
                 "" if paper is None else f"{paper:.2f}",
+                agreement(fmean(values), paper),
                 Spread.of(taus).show(2),
                 str(len(values)),
             ]
@@ -69,11 +79,36 @@ def table(rankings: Sequence[Mapping[str, Ranking]], printed: Mapping[tuple[str,
     told = (
         f"Mean shift of a layer in positions (Eq. 22); random orders of {layers} layers: {random_distance(layers):.1f}."
     )
-    return grid(["rankings", "distance", "paper's", "Kendall's tau", "n"], cells) + f"\n\n{told}"
+    return grid(["rankings", "distance", "paper's", "agrees", "Kendall's tau", "n"], cells) + f"\n\n{told}"
+
+
+def draw(rankings: Sequence[Mapping[str, Ranking]], printed: Mapping[tuple[str, str], float]) -> Figure:
+    """The distances of `table`, and the paper's."""
+    each = [distances(of) for of in rankings]
+    rows = [
+        drawings.Dot(f"{b} - {a}", Spread.of([d[b, a] for d in each if (b, a) in d]), printed.get((b, a)))
+        for b, a in each[0]
+    ]
+    layers = len(next(iter(rankings[0].values())).layers)
+    return drawings.dots(rows, f"mean shift of a layer; {random_distance(layers):.1f} between random orders")
+
+
+def draw_stages(setup: Setup, seeds: Sequence[int]) -> Figure | None:
+    """Table 12 as a plot."""
+    there = stages_there(setup, seeds)
+    return draw([of_stages(setup, s) for s in there], published.distances("t12")) if there else None
+
+
+def draw_methods(setup: Setup, seeds: Sequence[int]) -> Figure | None:
+    """Table 14 as a plot."""
+    there = methods_there(setup, seeds)
+    return draw([of_methods(setup, s) for s in there], published.distances("t14")) if there else None
 
 
 def show_stages(setup: Setup, seeds: Sequence[int]) -> str:
     """Table 12, the size of the noise in it, and the ranking of conflicts beyond chance."""
+    if not (seeds := stages_there(setup, seeds)):
+        return NOTHING
     text = table([of_stages(setup, s) for s in seeds], published.distances("t12"))
     logs = [setup.probe(s, epochs=setup.decided.epochs) for s in seeds]
     severity, k = setup.decided.severity, min(setup.decided.k or 1, len(logs[0].layers))
@@ -111,4 +146,5 @@ def show_stages(setup: Setup, seeds: Sequence[int]) -> str:
 
 def show_methods(setup: Setup, seeds: Sequence[int]) -> str:
     """Table 14."""
-    return table([of_methods(setup, s) for s in seeds], published.distances("t14"))
+    there = methods_there(setup, seeds)
+    return table([of_methods(setup, s) for s in there], published.distances("t14")) if there else NOTHING

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
 
 from reconmtl.errors import UnknownNameError, nearest
-from reconmtl.paper import budgets, conflicts, controls, distances, iterations, tables
+from reconmtl.paper import budgets, conflicts, controls, distances, drawings, iterations, tables
 from reconmtl.paper.trainings import PRESETS, Place, Scale, Setup, Training, run_all
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +27,9 @@ class Experiment:
         trainings: What is trained, most telling first.
         rows: The paper's name of a row -> its training; empty where the rows are not the paper's.
         probes: What is recorded besides: (setup, seed) -> anything; each is resumable.
+        recorded: (setup, seeds) -> those of the seeds whose probes are finished.
         show: (setup, seeds) -> Markdown.
+        draw: (setup, seeds) -> matplotlib's figure; None if nothing is finished.
     """
 
     title: str
@@ -30,7 +37,9 @@ class Experiment:
     trainings: Sequence[Training] = ()
     rows: Mapping[str, Training] = field(default_factory=dict)
     probes: Callable[[Setup, int], object] | None = None
+    recorded: Callable[[Setup, Sequence[int]], Sequence[int]] | None = None
     show: Callable[[Setup, Sequence[int]], str]
+    draw: Callable[[Setup, Sequence[int]], Figure | None]
 
     def setup(self, scale: Scale, out: Path, *, smoke: bool = False, accelerator: str = "auto") -> Setup:
         """Where it runs.
@@ -93,6 +102,7 @@ def _results(
         trainings=tuple(of.values()),
         rows=of,
         show=lambda setup, seeds: tables.show(setup, of, table, seeds),
+        draw=lambda setup, seeds: tables.draw(setup, of, table, seeds),
     )
 
 
@@ -106,6 +116,7 @@ def _distribution(
         places=places,
         trainings=tuple(of.values()),
         show=lambda setup, seeds: conflicts.show(setup, of, table, seeds),
+        draw=lambda setup, seeds: conflicts.draw(setup, of, seeds),
     )
 
 
@@ -117,24 +128,34 @@ def _selection(table: str, title: str, ours: Mapping[str, str], faithful: Sequen
         places=MULTIFASHION,
         trainings=of,
         show=lambda setup, seeds: controls.show_selections(setup, names, of, seeds),
+        draw=lambda setup, seeds: controls.draw(setup, {}, of, seeds),
     )
 
 
-def _controls(title: str, of: Sequence[Training]) -> Experiment:
+def _controls(title: str, of: Sequence[Training], ways: Mapping[str, Sequence[Training]] | None = None) -> Experiment:
     return Experiment(
         title=title,
         places=MULTIFASHION,
         trainings=of,
         show=lambda setup, seeds: controls.show(setup, of, seeds),
+        draw=lambda setup, seeds: controls.draw(setup, ways or {}, of, seeds),
     )
+
+
+def _curves(title: str, ways: Mapping[str, Sequence[Training]]) -> Experiment:
+    return _controls(title, (Training(name="joint"), *budgets.in_turns(ways)), ways)
+
+
+def _measured(setup: Setup, seeds: Sequence[int]) -> Sequence[int]:
+    return seeds[:1] if iterations.files_in(setup.folder) else ()
 
 
 def _measure(setup: Setup, seed: int) -> None:
     del seed
-    path = setup.folder / "iterations.json"
-    if not path.exists():
-        small = {"tasks": (2, 3), "width": 2, "batch": 2, "rounds": 1} if setup.smoke else {}
-        iterations.measure(setup.folder, **small)  # type: ignore[arg-type]
+    device = setup.machine().fabric().device.type
+    if not iterations.file_of(setup.folder, device).exists():
+        small: dict[str, Any] = {"tasks": (2, 3), "width": 2, "batch": 2, "rounds": 1} if setup.smoke else {}
+        iterations.measure(setup.folder, device=device, **small)
 
 
 _STAGES = tables.stages()
@@ -160,19 +181,24 @@ EXPERIMENTS: Mapping[str, Experiment] = {
         "last": "last layers (shared statistics)", "first": "first layers (shared statistics)",
     }, controls.TABLE_11),
     "t12": Experiment(title="Do stages of training give the same ranking?", places=MULTIFASHION,
-                      probes=distances.of_stages, show=distances.show_stages),
+                      probes=distances.of_stages, recorded=distances.stages_there,
+                      show=distances.show_stages, draw=distances.draw_stages),
     "t13": Experiment(title="Layers found in different stages of training, CityScapes", places=CITYSCAPES,
                       trainings=tuple(_STAGES.values()), rows=_STAGES,
-                      show=lambda setup, seeds: tables.show(setup, _STAGES, "t13", seeds)),
+                      show=lambda setup, seeds: tables.show(setup, _STAGES, "t13", seeds),
+                      draw=lambda setup, seeds: tables.draw(setup, _STAGES, "t13", seeds)),
     "t14": Experiment(title="Do methods give the same ranking?", places=MULTIFASHION,
-                      probes=distances.of_methods, show=distances.show_methods),
+                      probes=distances.of_methods, recorded=distances.methods_there,
+                      show=distances.show_methods, draw=distances.draw_methods),
     "t15": _results("t15", "NYUv2 on SegNet; Recon* takes the layers found on CityScapes", NYUV2_SEGNET, cagrad=0.4,
                     elsewhere=CITYSCAPES),
     "t16": _results("t16", "CityScapes on MTAN; Recon* takes the layers found on NYUv2", CITYSCAPES_MTAN, cagrad=0.2,
                     elsewhere=NYUV2),
     "f1": _distribution("t6", "How gradients conflict before Recon, Multi-Fashion+MNIST", MULTIFASHION, cagrad=0.2,
                         before=True),
-    "f3": _controls("How many layers (K), and how severe (S)?", controls.FIGURE_3),
+    "f3": Experiment(title="How many layers (K), and how severe (S)?", places=MULTIFASHION,
+                     trainings=controls.FIGURE_3, draw=controls.draw_choices,
+                     show=lambda setup, seeds: controls.show(setup, controls.FIGURE_3, seeds)),
     "f4": _distribution("t6", "How gradients conflict before and after Recon, Multi-Fashion+MNIST", MULTIFASHION,
                         cagrad=0.2),
     "f5": _distribution("t8", "How gradients conflict before Recon, CityScapes", CITYSCAPES, cagrad=0.2, before=True),
@@ -181,13 +207,14 @@ EXPERIMENTS: Mapping[str, Experiment] = {
     "f8": _distribution("t8", "How gradients conflict before and after Recon, CityScapes", CITYSCAPES, cagrad=0.2),
     "f9": _distribution("t9", "How gradients conflict before and after Recon, NYUv2", NYUV2, cagrad=0.4),
     "f10": _distribution("t10", "How gradients conflict before and after Recon, PASCAL-Context", PASCAL, cagrad=0.1),
-    "f11": Experiment(title="What an iteration costs, by number of tasks", places=CELEBA, probes=_measure,
-                      show=lambda setup, _seeds: iterations.show(setup.folder / "iterations.json")),
+    "f11": Experiment(title="What an iteration costs, by number of tasks", places=CELEBA,
+                      probes=_measure, recorded=_measured,
+                      show=lambda setup, _seeds: iterations.show(setup.folder),
+                      draw=lambda setup, _seeds: iterations.draw(setup.folder)),
     "controls": _controls("Does it matter which layers are split?", controls.CENTRAL),
-    "curves": _controls("Recon, random and smallest layers over K and over budgets",
-                        (Training(name="joint"), *budgets.in_turns(budgets.curve("per-task")))),
-    "curves-shared": _controls("Recon, random and smallest layers over K and over budgets, statistics shared",
-                               (Training(name="joint"), *budgets.in_turns(budgets.curve("shared")))),
+    "curves": _curves("Recon, random and smallest layers over K and over budgets", budgets.curve("per-task")),
+    "curves-shared": _curves("Recon, random and smallest layers over K and over budgets, statistics shared",
+                             budgets.curve("shared")),
 }  # fmt: skip
 """Name -> experiment: the paper's tables and figures, and the controls that it should have had."""
 
@@ -215,6 +242,25 @@ def page(name: str, setup: Setup, seeds: Sequence[int]) -> str:
     return "\n\n".join([f"## {name}: {experiment.title}", told, experiment.show(setup, seeds)])
 
 
+def draw(name: str, setup: Setup, seeds: Sequence[int], folder: Path) -> Path | None:
+    """Write an experiment's figure as PDF and PNG.
+
+    Returns:
+        The PNG; None if nothing is finished that could be drawn.
+
+    Raises:
+        RunError: If matplotlib is missing, or the folder cannot be written to.
+    """
+    return drawings.save(lambda: find(name).draw(setup, seeds), folder, f"{setup.scale}-{name}")
+
+
+def embedded(name: str, picture: Path, page: Path | None) -> str:
+    """The Markdown that shows a figure on a page, named relative to it."""
+    folder = Path() if page is None else page.parent
+    place = os.path.relpath(picture, folder)
+    return f"\n\n![{find(name).title}]({Path(place).as_posix()})"
+
+
 def listed() -> list[dict[str, object]]:
     """What `reconmtl paper ls` prints: every experiment and its scales."""
     found: list[dict[str, object]] = []
@@ -237,4 +283,7 @@ def overview(found: Sequence[Mapping[str, object]]) -> str:
 def finished_seeds(name: str, setup: Setup, limit: int = 20) -> tuple[int, ...]:
     """Seeds under which something of an experiment is finished."""
     experiment = find(name)
-    return tuple(s for s in range(limit) if any(t.finished(setup, s) is not None for t in experiment.trainings)) or (0,)
+    found = {s for s in range(limit) if any(t.finished(setup, s) is not None for t in experiment.trainings)}
+    if experiment.recorded is not None:
+        found |= set(experiment.recorded(setup, range(limit)))
+    return tuple(sorted(found)) or (0,)

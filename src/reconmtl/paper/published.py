@@ -9,6 +9,7 @@ Reference: Shi et al., Recon: Reducing Conflicting Gradients from the Root for M
 from __future__ import annotations
 
 import csv
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -98,6 +99,19 @@ def load(name: str) -> Table:
     text = files("reconmtl.paper").joinpath("data", f"{name}.csv").read_text(encoding="utf-8")
     header, *rows = csv.reader(text.splitlines())
     return Table(name, tuple(header), tuple(map(tuple, rows)))
+
+
+def agreement(ours: float | None, printed: float | None) -> str:
+    """Whether a number of ours has the sign of the paper's, and its size within a factor of two; "" if one is missing.
+
+    Returns:
+        "no", "sign", or "sign and size".
+    """
+    if ours is None or printed is None or math.isnan(ours):
+        return ""
+    if ours * printed <= 0:
+        return "no"
+    return "sign and size" if 0.5 <= ours / printed <= 2 else "sign"
 
 
 def decimals(cell: str) -> int:

@@ -8,16 +8,22 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from reconmtl.files import write_bytes
-from reconmtl.paper.experiments import EXPERIMENTS, finished_seeds, page
+from reconmtl.files import write_text
+from reconmtl.paper.experiments import EXPERIMENTS, draw, embedded, finished_seeds, page
 from reconmtl.paper.trainings import SCALES
 
 ENOUGH = 3
 """An experiment with fewer finished rows says nothing yet."""
 
 
-def pages(out: Path) -> list[str]:
-    """One page per scale and experiment of which enough is finished."""
+def pages(out: Path, page_file: Path | None = None) -> list[str]:
+    """One page per scale and experiment of which enough is finished.
+
+    Args:
+        out: The folder of the experiments.
+        page_file: The file that the pages are for: their figures are written to `out/figures` and shown on it. None
+            draws nothing.
+    """
     found = []
     for scale in SCALES:
         for name, experiment in EXPERIMENTS.items():
@@ -27,38 +33,37 @@ def pages(out: Path) -> list[str]:
             setup = experiment.setup(scale, out)
             seeds = finished_seeds(name, setup)
             done = [t for t in experiment.trainings if any(t.finished(setup, s) is not None for s in seeds)]
-            if len(done) >= min(ENOUGH, len(experiment.trainings)) and done:
+            probed = experiment.recorded is not None and bool(experiment.recorded(setup, seeds))
+            if probed or (done and len(done) >= min(ENOUGH, len(experiment.trainings))):
                 text = page(name, setup, seeds)
+                if page_file is not None:
+                    picture = draw(name, setup, seeds, out / "figures")
+                    text += "" if picture is None else embedded(name, picture, page_file)
                 left = [t.row for t in experiment.trainings if t not in done]
                 found.append(text + (f"\n\nNot trained yet: {', '.join(left)}." if left else ""))
     return found
 
 
-def document(out: Path) -> str:
-    """The whole page."""
+def document(out: Path, page_file: Path | None = None) -> str:
+    """The whole page; see `pages`."""
     head = [
         "# Results of the experiments",
         f"Written by `python -m reconmtl.paper.results {out} docs/experiments.md` from the runs in `{out}`; do not "
         "edit. Each run's folder holds its config, versions, plan, metrics and result. `reconmtl paper ls` lists the "
         "experiments, `reconmtl paper run NAME --seeds 0 1 2` does what is missing of one, `reconmtl paper show NAME` "
-        "prints its part of this page. Scale mini is a tenth of the data and a sixtieth of the parameters: signs may "
-        "carry over to the paper's scale, sizes do not.",
+        "prints its part of this page, `--figures DIR` draws it. Scale mini is a tenth of the data and a sixtieth of "
+        "the parameters: signs may carry over to the paper's scale, sizes do not.",
     ]
-    return "\n\n".join([*head, *pages(out), ""])
-
-
-def _write(path: Path, content: str) -> None:
-    path.write_text(content, encoding="utf-8")
+    return "\n\n".join([*head, *pages(out, page_file), ""])
 
 
 def main() -> None:
     """Print the page, or write it to the file named last on the command line."""
     out = Path(sys.argv[1]) if len(sys.argv) > 1 else Path("results/paper")
-    content = document(out)
     if len(sys.argv) > 2:
-        write_bytes(sys.argv[2], lambda temporary: _write(temporary, content))
+        write_text(sys.argv[2], document(out, Path(sys.argv[2])))
     else:
-        print(content)
+        print(document(out))
 
 
 if __name__ == "__main__":

@@ -5,18 +5,23 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
+from typing import TYPE_CHECKING
 
 from reconmtl.architectures import ARCHITECTURES
 from reconmtl.comparing import Comparison, Row, compare
 from reconmtl.conflicts import ConflictLog
 from reconmtl.errors import ReconError
 from reconmtl.formats import grid
+from reconmtl.paper import drawings
 from reconmtl.paper.controls import half, recon
-from reconmtl.paper.published import SINGLE, results
+from reconmtl.paper.published import SINGLE, agreement, results
 from reconmtl.paper.rankings import QUARTERS, quarters, transferred
 from reconmtl.paper.trainings import Choice, Place, Scale, Setup, Training
 from reconmtl.plan import Plan
 from reconmtl.runs import Run
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 BALANCED = {"MGDA": "mgda", "PCGrad": "pcgrad", "GradDrop": "graddrop", "CAGrad": "cagrad"}
 """Gradient methods of the paper's tables, and the library's names of them."""
@@ -134,12 +139,7 @@ class Beside:
     @property
     def agrees(self) -> str:
         """In words: the sign of the gain by Recon, and whether its size is within a factor of two."""
-        if self.gain is None or self.printed_gain is None:
-            return ""
-        if self.gain * self.printed_gain <= 0:
-            return "no"
-        ratio = self.gain / self.printed_gain
-        return "sign and size" if 0.5 <= ratio <= 2 else "sign"
+        return agreement(self.gain, self.printed_gain)
 
 
 def beside(comparison: Comparison, table: str) -> list[Beside]:
@@ -152,6 +152,17 @@ def beside(comparison: Comparison, table: str) -> list[Beside]:
         return of[label] - of[base] if base != label and base in of and label in of else None
 
     return [Beside(r, printed.get(r.label), gain(ours, r.label), gain(printed, r.label)) for r in comparison.rows]
+
+
+def draw(setup: Setup, of: Mapping[str, Training], table: str, seeds: Sequence[int]) -> Figure | None:
+    """Delta-m of every method, and the paper's."""
+    runs = finished(setup, of, seeds)
+    try:
+        found = beside(compare(runs), table) if runs else []
+    except ReconError:
+        return None
+    rows = [drawings.Dot(b.row.label, b.row.delta_m, b.printed) for b in found if b.row.delta_m is not None]
+    return drawings.dots(rows, "Δm relative to single-task training (%)") if rows else None
 
 
 def show(setup: Setup, of: Mapping[str, Training], table: str, seeds: Sequence[int]) -> str:

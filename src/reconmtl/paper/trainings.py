@@ -116,17 +116,25 @@ class Setup:
         machine = self.machine()
         if self.smoke:
             machine = replace(machine, max_batches=4)  # a recording has quarters
-        network = [] if method == "joint" else [slug(method)]
-        name = "-".join([*network, balancer_slug(balancer), f"{length}-epochs"])
         return probe(
             way(method).change(self.problem()),
             epochs=length,
             balancer=balancer,
             seed=seed,
-            out=self.folder / "probes" / name / f"seed{seed}",
+            out=self._log(seed, method, balancer, length),
             resume=True,
             machine=machine,
         )
+
+    def probed(self, seed: int, *, method: str = "joint", balancer: str = "joint", epochs: int | None = None) -> bool:
+        """Whether the log of a probe is finished."""
+        length = self.decided.probe_epochs if epochs is None else epochs
+        return (self._log(seed, method, balancer, length) / "log.json").exists()
+
+    def _log(self, seed: int, method: str, balancer: str, epochs: int) -> Path:
+        network = [] if method == "joint" else [slug(method)]
+        name = "-".join([*network, balancer_slug(balancer), f"{epochs}-epochs"])
+        return self.folder / "probes" / name / f"seed{seed}"
 
 
 @dataclass(frozen=True, kw_only=True)

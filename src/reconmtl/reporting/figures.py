@@ -83,25 +83,27 @@ def save(material: Material, windows: Windows | None, folder: Path) -> list[Path
         "chance": (Chance.of(material), draw_chance),
         "stability": (Stability.of(material, windows), draw_stability),
     }
-    written = []
     with rc_context(STYLE):
-        for name, (content, draw) in kinds.items():
-            if content is None:
-                continue
-            figure = draw(content)
-            for kind in ("pdf", "png"):
-                path = folder / f"{name}.{kind}"
-                dates: dict[str, Any] = {"CreationDate": None} if kind == "pdf" else {}  # the same figure twice
+        drawn = {name: draw(content) for name, (content, draw) in kinds.items() if content is not None}
+        return [path for name, figure in drawn.items() for path in write_figure(figure, folder, name)]
 
-                def write(temporary: Path, kind: str = kind, figure: Figure = figure, dates: Any = dates) -> None:  # noqa: ANN401
-                    figure.savefig(temporary, format=kind, dpi=200, bbox_inches="tight", metadata=dates)
 
-                write_bytes(path, write)
-                written.append(path)
+def write_figure(figure: Figure, folder: Path, name: str) -> list[Path]:
+    """Write a figure as PDF and PNG, the same bytes for the same figure; the files."""
+    written = []
+    for kind in ("pdf", "png"):
+        path = folder / f"{name}.{kind}"
+        dates: dict[str, Any] = {"CreationDate": None} if kind == "pdf" else {}
+
+        def write(temporary: Path, kind: str = kind, dates: Any = dates) -> None:  # noqa: ANN401
+            figure.savefig(temporary, format=kind, dpi=200, bbox_inches="tight", metadata=dates)
+
+        write_bytes(path, write)
+        written.append(path)
     return written
 
 
-def _axes(width: float, height: float, **options: Any) -> tuple[Figure, Any]:  # noqa: ANN401 one or an array of axes
+def new_axes(width: float, height: float, **options: Any) -> tuple[Figure, Any]:  # noqa: ANN401 one or an array of axes
     """A figure of its own: nothing is registered that a user's pyplot would show or have to close."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -111,7 +113,7 @@ def _axes(width: float, height: float, **options: Any) -> tuple[Figure, Any]:  #
     return figure, figure.subplots(**options)
 
 
-def _plain(name: str, most: int = 34) -> str:
+def plain_name(name: str, most: int = 34) -> str:
     """A name that a font can show, shortened at its start."""
     shown = "".join(c if c.isprintable() else "?" for c in name).encode("utf-8", "replace").decode()
     return shown if len(shown) <= most else "…" + shown[-most + 1 :]
@@ -131,22 +133,22 @@ def _gains(material: Material) -> list[tuple[str, float, float]]:
 def draw_methods(material: Material) -> Figure:
     """Delta-m of each method with its spread over seeds."""
     rows = _gains(material)
-    figure, axes = _axes(4.6, 0.5 + 0.24 * len(rows))
+    figure, axes = new_axes(4.6, 0.5 + 0.24 * len(rows))
     for i, (_, mean, sd) in enumerate(rows):
         colour = NEGATIVE if mean < 0 else POSITIVE
         axes.plot([mean - sd, mean + sd], [i, i], color=colour, lw=2, alpha=0.7, solid_capstyle="round")
         axes.plot([mean], [i], "o", color=colour, ms=5)
     axes.axvline(0, color=SOFT, lw=0.6)
-    _names(axes, [n for n, _, _ in rows])
+    name_rows(axes, [n for n, _, _ in rows])
     assert material.comparison is not None
-    axes.set_xlabel(f"Δm relative to {_plain(material.comparison.baseline or '')} (%), mean ± sd")
+    axes.set_xlabel(f"Δm relative to {plain_name(material.comparison.baseline or '')} (%), mean ± sd")
     return figure
 
 
 def draw_plan(drawing: Drawing) -> Figure:
     """The tasks' lines through the layers, and the conflict rate of each layer."""
     rows, lanes = drawing.rows, Lanes(drawing.tasks)
-    figure, (left, right) = _axes(
+    figure, (left, right) = new_axes(
         6.2, 0.6 + 0.15 * len(rows), ncols=2, gridspec_kw={"width_ratios": [1, 3.2], "wspace": 0.62}
     )
     places = [lanes.places(r.groups) for r in rows] + [lanes.places(tuple((t,) for t in drawing.tasks))]
@@ -164,7 +166,7 @@ def draw_plan(drawing: Drawing) -> Figure:
     rates = [0.0 if math.isnan(r.rate) else 100 * r.rate for r in rows]
     split = {r.name for r in drawing.split}
     right.barh(range(len(rows)), rates, height=0.62, color=[NEGATIVE if r.name in split else REST for r in rows])
-    _names(right, [r.name for r in rows], size=6, dark={r.name for r in rows if r.name in split})
+    name_rows(right, [r.name for r in rows], size=6, dark={r.name for r in rows if r.name in split})
     right.set_ylim(len(rows) + 0.3, -0.8)
     right.set_xlabel(minus(f"pairs with cos < {drawing.severity:g} (%)"))
     heads = [f"{t}" for t in drawing.tasks] if lanes.coloured else [f"{len(drawing.tasks)} tasks"]
@@ -174,7 +176,7 @@ def draw_plan(drawing: Drawing) -> Figure:
         left.text(
             at,
             len(rows) + 0.25,
-            _plain(head, 16),
+            plain_name(head, 16),
             color=colour,
             fontsize=6,
             ha="center",
@@ -187,12 +189,12 @@ def draw_plan(drawing: Drawing) -> Figure:
 def draw_conflicts(heat: Heatmap) -> Figure:
     """Layer against time."""
     rates, borders = 100 * heat.windows.rates.T, heat.windows.borders * heat.every
-    figure, axes = _axes(5.6, 0.7 + 0.13 * len(heat.layers))
+    figure, axes = new_axes(5.6, 0.7 + 0.13 * len(heat.layers))
     top = 100 * nice_top(heat.windows.rates)
     mesh = axes.pcolormesh(
         borders, np.arange(len(heat.layers) + 1) - 0.5, rates, cmap=MAP, vmin=0, vmax=top, rasterized=True
     )
-    _names(axes, heat.layers, size=6, dark=heat.split)
+    name_rows(axes, heat.layers, size=6, dark=heat.split)
     axes.set_xlabel("training step")
     figure.colorbar(mesh, ax=axes, pad=0.02, label=minus(f"pairs with cos < {heat.severity:g} (%)"))
     return figure
@@ -202,9 +204,9 @@ def draw_pairs(heat: Heatmap) -> Figure:
     """Task against task, over all layers and steps."""
     rates, n = heat.matrix(), len(heat.tasks)
     side = 1.4 + 0.13 * n
-    figure, axes = _axes(side + 0.8, side)
+    figure, axes = new_axes(side + 0.8, side)
     image = axes.imshow(100 * rates, cmap=MAP, vmin=0, vmax=100 * nice_top(rates))
-    names = [_plain(t, 18) for t in heat.tasks]
+    names = [plain_name(t, 18) for t in heat.tasks]
     axes.set_xticks(range(n), names, rotation=90, fontsize=6)
     axes.set_yticks(range(n), names, fontsize=6)
     axes.tick_params(length=0)
@@ -214,7 +216,7 @@ def draw_pairs(heat: Heatmap) -> Figure:
 
 def draw_scores(scores: Scores) -> Figure:
     """Each layer's conflict rate over training."""
-    figure, axes = _axes(5.6, 2.7)
+    figure, axes = new_axes(5.6, 2.7)
     named = scores.named()
     for i in range(len(scores.layers)):
         strong = i in named
@@ -229,7 +231,7 @@ def draw_scores(scores: Scores) -> Figure:
     for i, at in zip(ends, spread_out(list(ends.values()), gap=0.045 * axes.get_ylim()[1]), strict=True):
         colour = SPLIT if scores.split[i] else SOFT
         axes.annotate(
-            _plain(scores.layers[i]),
+            plain_name(scores.layers[i]),
             (scores.last, at),
             xytext=(5, 0),
             textcoords="offset points",
@@ -246,7 +248,7 @@ def draw_cosines(found: Distributions) -> Figure:
     """A histogram per method over common axes."""
     columns = min(2, len(found.rows))
     lines = math.ceil(len(found.rows) / columns)
-    figure, grid = _axes(
+    figure, grid = new_axes(
         3.1 * columns, 1.75 * lines, nrows=lines, ncols=columns, squeeze=False, sharex=True, sharey=True
     )
     figure.subplots_adjust(hspace=0.45, wspace=0.2)
@@ -263,7 +265,7 @@ def draw_cosines(found: Distributions) -> Figure:
         )
         axes.axvline(0, color=SOFT, lw=0.6, ls=":")
         axes.set_title(
-            minus(f"{_plain(row.label)}: {percent(row.below)} below {THRESHOLD:g}"), loc="left", fontsize=7.5
+            minus(f"{plain_name(row.label)}: {percent(row.below)} below {THRESHOLD:g}"), loc="left", fontsize=7.5
         )
     for axes in list(grid.flat)[len(found.rows) :]:
         axes.axis("off")
@@ -278,14 +280,14 @@ def draw_training(learning: Learning) -> Figure:
     """Test metrics over training."""
     columns = min(2, len(learning.panels))
     lines = math.ceil(len(learning.panels) / columns)
-    figure, grid = _axes(3.1 * columns, 2.1 * lines, nrows=lines, ncols=columns, squeeze=False)
+    figure, grid = new_axes(3.1 * columns, 2.1 * lines, nrows=lines, ncols=columns, squeeze=False)
     figure.subplots_adjust(hspace=0.45, wspace=0.25, bottom=0.65 / (2.1 * lines))
     for axes, panel in zip(grid.flat, learning.panels, strict=False):
         for band in panel.bands:
             colour = COLOURS[learning.labels.index(band.label) % len(COLOURS)]
             axes.fill_between(band.epochs, band.low, band.high, color=colour, alpha=0.15, lw=0)
-            axes.plot(band.epochs, band.mean, color=colour, lw=1.3, label=_plain(band.label))
-        axes.set_title(_plain(panel.title, 48), loc="left", fontsize=7.5)
+            axes.plot(band.epochs, band.mean, color=colour, lw=1.3, label=plain_name(band.label))
+        axes.set_title(plain_name(panel.title, 48), loc="left", fontsize=7.5)
         axes.set_xlabel("epoch")
     for axes in list(grid.flat)[len(learning.panels) :]:
         axes.axis("off")
@@ -306,14 +308,14 @@ def draw_chance(found: Chance) -> Figure:
     """Each layer's conflicts, and how many chance gives."""
     order, of = found.order, found.found
     names = [of.layers[i] for i in order]
-    figure, axes = _axes(5.0, 0.6 + 0.13 * len(order))
+    figure, axes = new_axes(5.0, 0.6 + 0.13 * len(order))
     for row, i in enumerate(order):
         colour = SPLIT if of.layers[i] in found.split else REST
         ends = [100 * of.chance[i], 100 * of.shares[i]]
         axes.plot(ends, [row, row], color=colour, lw=1.5, alpha=0.45, solid_capstyle="butt")
         axes.plot(ends[:1], [row], "|", ms=5, color=colour)
         axes.plot(ends[1:], [row], "o", ms=3, color=colour)
-    _names(axes, names, size=6, dark=found.split)
+    name_rows(axes, names, size=6, dark=found.split)
     axes.set_xlim(left=0)
     axes.set_xlabel(minus(f"pairs with cos < {of.severity:g} (%): bar by chance, dot as counted"))
     return figure
@@ -322,20 +324,20 @@ def draw_chance(found: Chance) -> Figure:
 def draw_stability(found: Stability) -> Figure:
     """Rank of each layer with 90 % of resampled recordings."""
     n = len(found.layers)
-    figure, axes = _axes(5.0, 0.6 + 0.13 * n)
+    figure, axes = new_axes(5.0, 0.6 + 0.13 * n)
     for i in range(n):
         colour = SPLIT if i < found.k else REST
         axes.plot([found.low[i], found.high[i]], [i, i], color=colour, lw=2, alpha=0.45, solid_capstyle="round")
         axes.plot([i + 1], [i], "o", ms=3, color=colour)
     axes.axvline(found.k + 0.5, color=SOFT, lw=0.6)
-    _names(axes, found.layers, size=6)
+    name_rows(axes, found.layers, size=6)
     axes.set_xlabel(f"rank; {found.halves:.1f} positions between halves, {found.chance:.1f} between random orders")
     return figure
 
 
-def _names(axes: Axes, names: Sequence[str], *, size: float = 8, dark: Collection[str] | None = None) -> None:
+def name_rows(axes: Axes, names: Sequence[str], *, size: float = 8, dark: Collection[str] | None = None) -> None:
     """Names down the left side, the first at the top; those in `dark` stand out."""
-    axes.set_yticks(range(len(names)), [_plain(n) for n in names], fontsize=size)
+    axes.set_yticks(range(len(names)), [plain_name(n) for n in names], fontsize=size)
     axes.tick_params(axis="y", length=0)
     axes.set_ylim(len(names) - 0.4, -0.6)
     for name, label in zip(names, axes.get_yticklabels(), strict=True):

@@ -12,7 +12,7 @@ from importlib import resources
 from pathlib import Path
 
 from reconmtl.errors import RunError
-from reconmtl.files import write_bytes
+from reconmtl.files import write_text
 from reconmtl.reporting import chance, cosines, curves, heatmap, methods, network, stability
 from reconmtl.reporting.markup import Html, join, tag
 from reconmtl.reporting.material import Material, gather
@@ -78,10 +78,7 @@ def write_report(
     windows = None if material.log is None else Windows.of(material.log, severity=material.severity)
     text = page(material, windows, name=target.name)
 
-    def write(temporary: Path) -> None:
-        temporary.write_text(text, encoding="utf-8")
-
-    write_bytes(target, write)
+    write_text(target, text)
     if figures is not None:
         from reconmtl.reporting.figures import save
 

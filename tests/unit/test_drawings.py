@@ -1,0 +1,49 @@
+"""Figures of experiments: both files are written, what is on them is what was given, and nothing writes nothing."""
+
+import importlib.util
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from reconmtl.comparing import Spread
+from reconmtl.errors import RunError
+from reconmtl.paper.drawings import Dot, Panel, Point, dots, lines, save
+
+
+def test_dots_hold_ours_and_the_papers_numbers(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    rows = [Dot("a $ w/ Recon", Spread.of([1.0, 3.0]), -4.0), Dot("b", Spread.of([5.0]))]
+    figure = dots(rows, "Δm")
+    (axes,) = figure.axes
+    drawn = [tuple(np.asarray(line.get_xdata()).tolist()) for line in axes.get_lines()]
+    assert (2.0,) in drawn and (-4.0,) in drawn and (5.0,) in drawn
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["a $ w/ Recon", "b"]
+    first = save(lambda: dots(rows, "Δm"), tmp_path / "new", "x")
+    assert first == tmp_path / "new" / "x.png"
+    again = save(lambda: dots(rows, "Δm"), tmp_path, "y")
+    assert again is not None and again.read_bytes() == first.read_bytes()
+    assert (tmp_path / "x.pdf").exists() is False and (tmp_path / "new" / "x.pdf").read_bytes()[:5] == b"%PDF-"
+
+
+def test_lines_join_points_and_both_settings_of_the_statistics_share_a_colour(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    point = Point(0.5, Spread.of([1.0, 2.0]))
+    of = {
+        "curve": [Point(0.1, Spread.of([1.0])), Point(0.2, Spread.of([2.0]))],
+        "way": [point],
+        "way (shared statistics)": [point],
+        "joint": [Point(0.0, Spread.of([0.0]))],
+    }
+    figure = lines([Panel("added MB", of, log=True), Panel("operations", of)], "gain")
+    assert [axes.get_xscale() for axes in figure.axes] == ["symlog", "linear"]
+    curve, way, shared, _ = (bars[0] for bars in figure.axes[0].containers)
+    assert list(map(float, curve.get_xdata())) == [0.1, 0.2] and curve.get_linestyle() == "-"
+    assert way.get_color() == shared.get_color() and shared.get_markerfacecolor() == "white"
+    assert save(lambda: None, tmp_path, "nothing") is None and not list(tmp_path.iterdir())
+
+
+def test_without_matplotlib_the_way_to_install_it_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    with pytest.raises(RunError, match=r'pip install "reconmtl\[figures\]"'):
+        save(lambda: None, tmp_path, "x")
