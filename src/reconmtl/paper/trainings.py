@@ -21,6 +21,8 @@ from reconmtl.runs import Run
 from reconmtl.settings import Settings
 from reconmtl.train import fit, probe
 
+SMOKE_TASKS = 4
+"""Tasks of a smoke test, at most: what forty show of whether it runs, four do."""
 Scale = Literal["mini", "full"]
 SCALES: tuple[Scale, ...] = ("mini", "full")
 PRESETS: Mapping[str, Mapping[Scale, str]] = {
@@ -88,7 +90,10 @@ class Setup:
         parts = [scale, problem, *([network] if network else []), *(tasks or [])]
         parts += [f"width-{width}"] if width else []
         name = "-".join([*parts, *([f"{epochs}-epochs"] if epochs else [])])
-        return cls(decided=decide(settings), folder=out / name, scale=scale, smoke=smoke, accelerator=accelerator)
+        decided = decide(settings)
+        if smoke and len(decided.tasks) > SMOKE_TASKS:
+            decided = decide(replace(settings, tasks=decided.tasks[:SMOKE_TASKS]))
+        return cls(decided=decided, folder=out / name, scale=scale, smoke=smoke, accelerator=accelerator)
 
     def problem(self, width: int | None = None, **options: object) -> Problem:
         """The problem, with a network of another width if one is given, or with other options."""
