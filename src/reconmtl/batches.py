@@ -44,6 +44,14 @@ class BatchData(Protocol):
         """Return inputs and, per task, targets of the samples at `indices` [n]."""
 
 
+@runtime_checkable
+class Movable(Protocol):
+    """A data set that can lie on an accelerator as a whole, so that batches are made there."""
+
+    def on(self, device: torch.device, /) -> Data:
+        """The same samples on a device, copied once."""
+
+
 def fetch(
     data: Data,
     indices: Tensor,

@@ -384,7 +384,11 @@ def paper(options: PaperSettings, faults: Faults) -> Answer:
     drawn: dict[str, str] = {}
     for name in options.names:
         setup = experiments.find(name).setup(
-            options.scale, options.out, smoke=options.fast_dev_run, accelerator=options.accelerator
+            options.scale,
+            options.out,
+            smoke=options.fast_dev_run,
+            accelerator=options.accelerator,
+            precision=options.precision,
         )
         if options.action == "run":
             tell = _say_nothing if options.quiet else print  # goes to stderr while a command works

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import IterableDataset
 
-from reconmtl.batches import ALL, Data, Sets, Targets, check_outputs, fetch, length, move, select, sets_of
+from reconmtl.batches import ALL, Data, Movable, Sets, Targets, check_outputs, fetch, length, move, select, sets_of
 from reconmtl.batches import call as call
 from reconmtl.errors import PlanError, ProblemError, UnknownNameError, nearest
 from reconmtl.fingerprints import mark_of
@@ -304,6 +304,8 @@ class Problem:
         """
         if isinstance(data, Mapping):
             raise ProblemError("Tasks with data of their own have no common batch; this works on shared data only.")
+        if self.collate is None and isinstance(data, Movable):
+            data = data.on(device)
         if own == ALL:
             inputs, targets = fetch(data, indices, self.task_names, self.collate)
         else:

@@ -468,6 +468,8 @@ class PaperOptions:
     """Trainings per row; 0 if not given, and for show all that are finished."""
     accelerator: str = "auto"
     """auto, cpu, cuda ..."""
+    precision: str = "32-true"
+    """32-true (or 32) or bf16-mixed; the latter's runs have a folder of their own."""
     fast_dev_run: Flag = False
     """Two small batches of everything, to see that all of it runs; the numbers mean nothing."""
     out: Annotated[Path, tyro.conf.arg(metavar="DIR")] = Path("results/paper")

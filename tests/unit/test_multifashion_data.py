@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader
 
 from reconmtl.errors import DataError, RunError
 from reconmtl.problems import idx, multifashion_data
+from reconmtl.problems.multifashion import make
 from reconmtl.problems.multifashion_data import (
     MultiFashion,
     build_full,
@@ -525,3 +526,24 @@ def test_content_that_is_not_the_published_form_is_refused(
     path = write_pickle(tmp_path / "some.pickle", change(published()))
     with pytest.raises(DataError, match=rf"some\.pickle.*{complaint}"):
         load_published(path)
+
+
+def test_a_set_lies_on_a_device_once_and_its_batches_are_made_there() -> None:
+    train, _ = load_mini()
+    assert train.on(torch.device("cpu")) is train
+    meta = torch.device("meta")  # a device without memory stands for an accelerator
+    there = train.on(meta)
+    assert there is train.on(meta) and there.images.device == meta and train.images.device.type == "cpu"
+    inputs, targets = make().batch(train, torch.tensor([3, 1]), meta)
+    assert inputs.device == meta and inputs.shape == (2, 1, 36, 36)
+    assert all(values.device == meta for values, _ in targets.values())
+    assert pickle.loads(pickle.dumps(train)).fingerprint == train.fingerprint == there.fingerprint
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_batches_on_a_device_are_those_of_the_cpu() -> None:
+    train, _ = load_mini()
+    at, gpu = torch.tensor([5, 0, 17]), torch.device("cuda", 0)
+    (ours, of), (theirs, expected) = make().batch(train, at, gpu), train.batch(at)
+    assert torch.allclose(ours.cpu(), theirs) and all(torch.equal(of[t][0].cpu(), v) for t, v in expected.items())

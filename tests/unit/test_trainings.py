@@ -31,3 +31,11 @@ def test_a_finished_training_is_read_and_one_that_cannot_be_is_named(setup: Setu
 def test_a_problem_without_that_scale_is_refused() -> None:
     with pytest.raises(UnknownNameError, match="no scale"):
         Setup.of("scenes", "full", Path("nowhere"))
+
+
+def test_a_smoke_test_takes_few_tasks_and_another_precision_has_a_folder_of_its_own(tmp_path: Path) -> None:
+    setup = Setup.of("celeba", "mini", tmp_path, smoke=True)
+    assert len(setup.decided.tasks) == 4 == len(setup.problem().task_names)
+    other = Setup.of("planted", "mini", tmp_path, precision="bf16-mixed")
+    assert other.machine().precision == "bf16-mixed" and other.folder.name == "mini-planted-bf16-mixed"
+    assert Setup.of("planted", "mini", tmp_path, precision="32").folder.name == "mini-planted"

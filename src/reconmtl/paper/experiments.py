@@ -41,7 +41,15 @@ class Experiment:
     show: Callable[[Setup, Sequence[int]], str]
     draw: Callable[[Setup, Sequence[int]], Figure | None]
 
-    def setup(self, scale: Scale, out: Path, *, smoke: bool = False, accelerator: str = "auto") -> Setup:
+    def setup(
+        self,
+        scale: Scale,
+        out: Path,
+        *,
+        smoke: bool = False,
+        accelerator: str = "auto",
+        precision: str = "32-true",
+    ) -> Setup:
         """Where it runs.
 
         Raises:
@@ -49,7 +57,7 @@ class Experiment:
         """
         if scale not in self.places:
             raise UnknownNameError(f"There is no scale {scale!r} here. {nearest(scale, self.places)}")
-        return self.places[scale].setup(scale, out, smoke=smoke, accelerator=accelerator)
+        return self.places[scale].setup(scale, out, smoke=smoke, accelerator=accelerator, precision=precision)
 
     def run(
         self, setup: Setup, seeds: Sequence[int], tell: Callable[[str], None] = print

@@ -51,7 +51,11 @@ def found_in(places: Mapping[Scale, Place]) -> Choice:
 
     def choose(setup: Setup, log: ConflictLog, seed: int) -> Plan:
         there = places[setup.scale].setup(
-            setup.scale, setup.folder.parent, smoke=setup.smoke, accelerator=setup.accelerator
+            setup.scale,
+            setup.folder.parent,
+            smoke=setup.smoke,
+            accelerator=setup.accelerator,
+            precision=setup.decided.precision,
         )
         return transferred(recon()(there, there.probe(seed), seed), log)
 

@@ -64,6 +64,7 @@ class Setup:
         *,
         smoke: bool = False,
         accelerator: str = "auto",
+        precision: str = "32-true",
         epochs: int | None = None,
         network: str | None = None,
         tasks: tuple[str, ...] | None = None,
@@ -82,6 +83,7 @@ class Setup:
             preset=presets[scale],
             fast_dev_run=smoke,
             accelerator=accelerator,
+            precision="32-true" if precision == "32" else precision,
             epochs=epochs,
             network=network,
             tasks=tasks,
@@ -89,6 +91,7 @@ class Setup:
         )
         parts = [scale, problem, *([network] if network else []), *(tasks or [])]
         parts += [f"width-{width}"] if width else []
+        parts += [] if precision in ("32", "32-true") else [precision]
         name = "-".join([*parts, *([f"{epochs}-epochs"] if epochs else [])])
         decided = decide(settings)
         if smoke and len(decided.tasks) > SMOKE_TASKS:
@@ -150,7 +153,15 @@ class Place:
     network: str | None = None
     tasks: tuple[str, ...] | None = None
 
-    def setup(self, scale: Scale, out: Path, *, smoke: bool = False, accelerator: str = "auto") -> Setup:
+    def setup(
+        self,
+        scale: Scale,
+        out: Path,
+        *,
+        smoke: bool = False,
+        accelerator: str = "auto",
+        precision: str = "32-true",
+    ) -> Setup:
         """The problem as the experiment needs it."""
         return Setup.of(
             self.problem,
@@ -158,6 +169,7 @@ class Place:
             out,
             smoke=smoke,
             accelerator=accelerator,
+            precision=precision,
             network=self.network,
             tasks=self.tasks,
         )
