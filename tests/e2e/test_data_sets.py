@@ -1,5 +1,6 @@
 """Each data set from a folder in its published layout: its check, and a smoke run of the paper's preset."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -60,3 +61,24 @@ def test_check_and_the_papers_preset(name: str, tmp_path: Path, say: Say) -> Non
     ran = say("run", name, *where, *width, *methods, "--fast-dev-run", "--out", str(out), "--jobs", "1")
     assert ran.code == 0, ran.err
     assert "joint w/ Recon" in (out / "table.md").read_text()
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(
+    ("network", "tasks"),
+    [
+        ("segnet", ["semantic", "depth"]),
+        ("mtan", ["semantic", "depth", "normal"]),
+        ("mobilenet", ["semantic", "depth", "normal", "parts", "saliency"]),
+    ],
+)
+def test_drawn_rooms_with_any_network_and_any_tasks(network: str, tasks: list[str], tmp_path: Path, say: Say) -> None:
+    out = tmp_path / "out"
+    options = ["--network", network, "--tasks", *tasks, "--fast-dev-run", "--methods", "joint", "recon"]
+    ran = say("run", "scenes", *options, "--out", str(out), "--jobs", "1")
+    assert ran.code == 0, ran.err
+    plan = json.loads((out / "plan.json").read_text())
+    assert plan["tasks"] == tasks
+    table = (out / "table.md").read_text()
+    assert "joint w/ Recon" in table
+    assert all(task in table for task in tasks)
