@@ -16,6 +16,7 @@ from reconmtl.layers import find_layers, match_layers
 from reconmtl.networks import resnet
 from reconmtl.probing import Engine, Probe
 from reconmtl.recording import CHUNK
+from stepping import Scales, step_batches, step_losses
 
 
 class Small(nn.Module):
@@ -35,20 +36,12 @@ class Small(nn.Module):
         return {t: head(z).squeeze(1) for t, head in self.heads.items()}
 
 
-def _losses(outputs: dict[str, Tensor], x: Tensor) -> dict[str, Tensor]:
-    flat = x.flatten(1)
-    return {
-        t: ((o.reshape(len(o), -1).sum(1) - (i + 1) * flat[:, i]) ** 2).mean()
-        for i, (t, o) in enumerate(outputs.items())
-    }
-
-
 def _train(model: nn.Module, batches: list[Tensor], probe: Probe | None) -> tuple[dict[str, Any], Tensor]:
     """Plain SGD steps, probed or not; returns the state and the random state afterwards."""
     torch.manual_seed(1)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
     for x in batches:
-        losses = _losses(model(x), x)
+        losses = step_losses(model(x), x)
         optimizer.zero_grad()
         if probe is None:
             sum(losses.values()).backward()  # type: ignore[union-attr]
@@ -58,17 +51,12 @@ def _train(model: nn.Module, batches: list[Tensor], probe: Probe | None) -> tupl
     return copy.deepcopy(model.state_dict()), torch.get_rng_state()
 
 
-def _batches(steps: int, dtype: torch.dtype) -> list[Tensor]:
-    draw = torch.Generator().manual_seed(2)
-    return [torch.randn(16, 5, generator=draw, dtype=dtype) for _ in range(steps)]
-
-
 @pytest.mark.parametrize("engine", ["flat", "delta"])
 def test_fifty_probed_steps_in_float64_equal_plain_training(engine: Engine) -> None:
     torch.manual_seed(0)
     model = Small().double()
     twin = copy.deepcopy(model)
-    batches = _batches(50, torch.float64)
+    batches = step_batches(50, torch.float64)
     plain, random = _train(model, batches, None)
     probe = Probe(twin, engine=engine)
     probed, random_probed = _train(twin, batches, probe)
@@ -84,12 +72,12 @@ def test_fifty_probed_steps_in_float64_equal_plain_training(engine: Engine) -> N
 def test_one_probed_step_in_float32_equals_a_plain_one(network: str, engine: Engine) -> None:
     torch.manual_seed(0)
     model = Small() if network == "small" else resnet.multifashion(width=8)
-    x = _batches(1, torch.float32)[0] if network == "small" else torch.rand(16, 1, 36, 36)
+    x = step_batches(1, torch.float32)[0] if network == "small" else torch.rand(16, 1, 36, 36)
     twin = copy.deepcopy(model)
     torch.manual_seed(1)
-    sum(_losses(model(x), x).values()).backward()  # type: ignore[union-attr]
+    sum(step_losses(model(x), x).values()).backward()  # type: ignore[union-attr]
     torch.manual_seed(1)
-    Probe(twin, engine=engine).backward(_losses(twin(x), x))
+    Probe(twin, engine=engine).backward(step_losses(twin(x), x))
     whole = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]).norm()
     for (name, p), q in zip(model.named_parameters(), twin.parameters(), strict=True):
         if p.grad is None:
@@ -116,7 +104,7 @@ def test_the_update_is_that_of_plain_passes_task_by_task_and_no_further_from_the
     def gradients(dtype: torch.dtype, how: str) -> list[Tensor]:
         twin = copy.deepcopy(model).to(dtype)
         out = twin(x.to(dtype))
-        losses = _losses({t: out[:, i] for i, t in enumerate("abc")}, x.to(dtype))
+        losses = step_losses({t: out[:, i] for i, t in enumerate("abc")}, x.to(dtype))
         if how == "joint":
             sum(losses.values()).backward()  # type: ignore[union-attr]
         elif how == "by task":
@@ -150,7 +138,7 @@ def test_on_resnet18_at_full_width_the_update_differs_from_a_joint_pass_as_two_p
         for _ in range(2):  # the first measured step also compares the engines
             twin.load_state_dict(model.state_dict())
             twin.zero_grad()
-            losses = _losses(twin(x), x)
+            losses = step_losses(twin(x), x)
             if probe is not None:
                 probe.backward(losses)
             elif how == "joint":
@@ -178,7 +166,7 @@ def test_exact_is_bit_equal_in_float32(engine: Engine) -> None:
     torch.manual_seed(0)
     model = Small()
     twin = copy.deepcopy(model)
-    batches = _batches(20, torch.float32)
+    batches = step_batches(20, torch.float32)
     plain, random = _train(model, batches, None)
     probe = Probe(twin, exact=True, engine=engine)
     probed, random_probed = _train(twin, batches, probe)
@@ -188,29 +176,14 @@ def test_exact_is_bit_equal_in_float32(engine: Engine) -> None:
     assert probe.log.steps == 20
 
 
-class Scales(nn.Module):
-    """Nothing in it mixes samples, so that a batch may come in pieces."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(7, 5, sparse=True)
-        self.first, self.norm, self.second = nn.Linear(5, 8), nn.LayerNorm(8), nn.Linear(8, 8)
-        self.heads = nn.ModuleDict({t: nn.Linear(8, 1) for t in "abc"})
-
-    def forward(self, x: Tensor) -> dict[str, Tensor]:
-        z = x + self.embed((x[:, 0] * 3).abs().long() % 7)
-        z = torch.tanh(self.second(torch.tanh(self.norm(self.first(z)))))
-        return {t: head(z).squeeze(1) for t, head in self.heads.items()}
-
-
 def test_gradients_accumulate_as_in_a_plain_loop() -> None:
     torch.manual_seed(0)
     model = Small().double().eval()
     twin = copy.deepcopy(model)
     probe = Probe(twin)
-    for x in _batches(3, torch.float64):
-        sum(_losses(model(x), x).values()).backward()  # type: ignore[union-attr]
-        probe.backward(_losses(twin(x), x))
+    for x in step_batches(3, torch.float64):
+        sum(step_losses(model(x), x).values()).backward()  # type: ignore[union-attr]
+        probe.backward(step_losses(twin(x), x))
     for p, q in zip(model.parameters(), twin.parameters(), strict=True):
         if p.grad is not None:
             assert q.grad is not None
@@ -228,7 +201,7 @@ def test_a_gradient_scaler_changes_neither_update_nor_record_and_its_overflows_a
     plain.embed = nn.Embedding(7, 5)
     probed, unscaled = copy.deepcopy(plain), copy.deepcopy(plain)
     probe, reference = Probe(probed, engine=engine), Probe(unscaled, engine=engine)
-    batches = _batches(8, torch.float32)
+    batches = step_batches(8, torch.float32)
     skipped = []
     for model, watch in ((plain, None), (probed, probe)):
         optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
@@ -236,7 +209,7 @@ def test_a_gradient_scaler_changes_neither_update_nor_record_and_its_overflows_a
         for x in batches:
             optimizer.zero_grad()
             for i, part in enumerate(x.chunk(pieces)):
-                losses = {t: 64 * v for t, v in _losses(model(part), part).items()}
+                losses = {t: 64 * v for t, v in step_losses(model(part), part).items()}
                 if watch is not None:
                     watch.backward(losses, scaler=scaler, last=i == pieces - 1)
                 else:
@@ -258,7 +231,7 @@ def test_a_gradient_scaler_changes_neither_update_nor_record_and_its_overflows_a
         if not left_out:
             optimizer.zero_grad()
             for i, part in enumerate(x.chunk(pieces)):
-                losses = {t: 64 * v for t, v in _losses(unscaled(part), part).items()}
+                losses = {t: 64 * v for t, v in step_losses(unscaled(part), part).items()}
                 reference.backward(losses, last=i == pieces - 1)
             nn.utils.clip_grad_norm_(unscaled.parameters(), 0.5)
             optimizer.step()
@@ -272,12 +245,12 @@ def test_half_precision_with_a_scaler_trains_and_records() -> None:
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**20, growth_interval=1000)
     probe, total = Probe(model, engine="delta"), []
-    (x,) = _batches(1, torch.float32)
+    (x,) = step_batches(1, torch.float32)
     for _ in range(30):
         optimizer.zero_grad()
         with torch.autocast("cpu", torch.float16):
             outputs = model(x)
-        losses = _losses({t: o.float() for t, o in outputs.items()}, x)
+        losses = step_losses({t: o.float() for t, o in outputs.items()}, x)
         probe.backward(losses, scaler=scaler)
         scaler.step(optimizer)
         scaler.update()
@@ -286,7 +259,7 @@ def test_half_precision_with_a_scaler_trains_and_records() -> None:
     assert probe.skipped > 0
     assert probe.log.cosines().isfinite().all()
     assert total[-1] < 0.7 * total[0]
-    losses = _losses(model(x), x)
+    losses = step_losses(model(x), x)
     disabled = torch.amp.GradScaler("cpu", enabled=False)
     with pytest.raises(ProbeError, match="pass the losses unscaled"):  # nothing skips a step here: this is a fault
         probe.backward({t: v * float("inf") for t, v in losses.items()}, scaler=disabled)
@@ -297,7 +270,7 @@ def test_every_measures_one_of_m_steps_and_changes_nothing_else() -> None:
     torch.manual_seed(0)
     model = Small().double()
     twin = copy.deepcopy(model)
-    batches = _batches(10, torch.float64)
+    batches = step_batches(10, torch.float64)
     plain, _ = _train(model, batches, None)
     probe = Probe(twin, every=4)
     probed, _ = _train(twin, batches, probe)
@@ -314,7 +287,7 @@ def test_the_log_is_the_same_however_it_was_buffered(monkeypatch: pytest.MonkeyP
         torch.manual_seed(0)
         model = Small()
         probe = Probe(model)
-        _train(model, _batches(8, torch.float32), probe)
+        _train(model, step_batches(8, torch.float32), probe)
         logs.append(probe.log.grams)
     assert torch.equal(*logs)
 
@@ -323,8 +296,8 @@ def test_a_task_that_is_absent_from_a_step_is_nan_there() -> None:
     torch.manual_seed(0)
     model = Small()
     probe = Probe(model)
-    for step, x in enumerate(_batches(3, torch.float32)):
-        losses = _losses(model(x), x)
+    for step, x in enumerate(step_batches(3, torch.float32)):
+        losses = step_losses(model(x), x)
         if step == 0:
             del losses["a"]  # the first step knows of two tasks only
         if step == 2:
@@ -355,20 +328,20 @@ def test_nothing_is_left_behind() -> None:
     model = Small()
     before = set(vars(model)), {n: set(vars(m)) for n, m in model.named_modules()}
     probe = Probe(model)
-    x = _batches(1, torch.float32)[0]
+    x = step_batches(1, torch.float32)[0]
     with pytest.raises(ProbeError):
         probe.backward({"a": model(x)["a"]})  # not a scalar
     with pytest.raises(RuntimeError, match="second time"):
-        losses = _losses(model(x), x)
+        losses = step_losses(model(x), x)
         sum(losses.values()).backward()  # type: ignore[union-attr]
         probe.backward(losses)
-    probe.backward(_losses(model(x), x))
+    probe.backward(step_losses(model(x), x))
     assert (set(vars(model)), {n: set(vars(m)) for n, m in model.named_modules()}) == before
     for module in model.modules():
         assert not module._forward_hooks
         assert not module._backward_hooks
     assert all(not p._backward_hooks and not vars(p) for p in model.parameters())
-    losses = _losses(model(x), x)
+    losses = step_losses(model(x), x)
     probe.backward(losses)
     graph = [weakref.ref(loss) for loss in losses.values()]
     del losses
@@ -378,8 +351,8 @@ def test_nothing_is_left_behind() -> None:
 def test_check_agrees_with_the_oracle_and_leaves_gradients_alone() -> None:
     torch.manual_seed(0)
     model = Small().double()
-    x = _batches(1, torch.float64)[0]
-    losses = _losses(model(x), x)
+    x = step_batches(1, torch.float64)[0]
+    losses = step_losses(model(x), x)
     probe = Probe(model)
     assert probe.check(losses) < 1e-12
     assert all(p.grad is None for p in model.parameters())
@@ -417,8 +390,8 @@ class Restless(nn.Module):
 def test_check_restores_buffers_modes_and_random_states(engine: Engine) -> None:
     torch.manual_seed(0)
     model = Restless()
-    x = _batches(1, torch.float32)[0]
-    losses = _losses(model(x), x)
+    x = step_batches(1, torch.float32)[0]
+    losses = step_losses(model(x), x)
     model.drop.train()
 
     def state() -> tuple[Any, ...]:
@@ -453,17 +426,17 @@ def test_an_exception_in_the_users_forward_passes_through_and_the_next_step_is_r
         return inner(x)
 
     model.inner = failing  # type: ignore[method-assign]
-    x = _batches(1, torch.float64)[0]
-    probe.backward(_losses(model(x), x))
+    x = step_batches(1, torch.float64)[0]
+    probe.backward(step_losses(model(x), x))
     expected = [p.grad for p in model.parameters()]
     model.zero_grad()
-    losses = _losses(model(x), x)
+    losses = step_losses(model(x), x)
     fails[0] = True  # the forward that checkpointing runs again fails in the middle of the measurement
     with pytest.raises(ZeroDivisionError, match="of the user"):
         probe.backward(losses)
     fails[0] = False
     assert all(p.grad is None for p in model.parameters())
-    probe.backward(_losses(model(x), x))
+    probe.backward(step_losses(model(x), x))
     for p, e in zip(model.parameters(), expected, strict=True):
         assert p.grad is not None
         torch.testing.assert_close(p.grad, e)
@@ -500,11 +473,11 @@ def test_an_accelerator_is_waited_for_once_per_chunk_only(engine: Engine, monkey
     model.middle = nn.Linear(8, 8)
     probe, counts = Probe(model, engine=engine), []
     scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
-    for x in _batches(26, torch.float32):
+    for x in step_batches(26, torch.float32):
         out = model(x)
         out["c"] = out["c"] + model.middle(out["b"].new_ones(len(x), 8)).mean(1)  # a layer of two tasks
         out["b"] = out["b"] + model.middle(out["c"].new_zeros(len(x), 8)).mean(1)
-        losses = _losses(out, x)
+        losses = step_losses(out, x)
         with Waits() as waits:
             probe.backward(losses, scaler=scaler)
         counts.append(len(waits.seen))
@@ -517,11 +490,11 @@ def test_an_accelerator_is_waited_for_once_per_chunk_only(engine: Engine, monkey
 def test_check_finds_a_wrong_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     model = Small()
-    x = _batches(1, torch.float32)[0]
+    x = step_batches(1, torch.float32)[0]
 
     monkeypatch.setattr("reconmtl.passes.torch.Tensor.addmm_", lambda g, a, b: g.add_((a.flip(0) + a[0]) @ b))
     with pytest.raises(ProbeError, match="differs from the oracle's"):
-        Probe(model).check(_losses(model(x), x))
+        Probe(model).check(step_losses(model(x), x))
 
 
 def test_check_finds_what_is_not_linear_in_the_gradient() -> None:
@@ -578,9 +551,9 @@ def test_copies_of_a_split_model_are_measured_only_where_they_are_shared() -> No
     torch.manual_seed(0)
     model = Small().double()
     plan = rm.Plan(tasks=["a", "b", "c"], layers={"first": [["a", "c"], ["b"]], "second": [["a"], ["b"], ["c"]]})
-    x = _batches(1, torch.float64)[0]
+    x = step_batches(1, torch.float64)[0]
     probe = Probe(rm.split(model, plan, sample=x))
-    probe.backward(_losses(probe._gradients.model(x), x))
+    probe.backward(step_losses(probe._gradients.model(x), x))
     assert probe.log.layers == ("first[a+c]", "norm")
     pairs = dict(zip(probe.log.pairs, probe.log.cosines()[0, 0].tolist(), strict=True))
     assert [pair for pair, cosine in pairs.items() if cosine == cosine] == [("a", "c")]
@@ -593,7 +566,7 @@ def test_a_budget_of_time_measures_some_steps_and_trains_the_same() -> None:
         torch.manual_seed(0)
         model = Small()
         probe = Probe(model, overhead=overhead) if overhead else Probe(model)
-        _train(model, _batches(12, torch.float32), probe)
+        _train(model, step_batches(12, torch.float32), probe)
         models.append([p.detach().clone() for p in model.parameters()])
         assert probe.log.steps == 12 if overhead is None else 2 <= probe.log.steps < 12
         assert probe.log.every == probe.every
@@ -611,10 +584,10 @@ def test_layers_that_stay_shared_behind_a_split_equal_the_oracle(split: list[str
     x = torch.rand(8, 1, 36, 36, dtype=torch.float64)
     twin = copy.deepcopy(new)
     probe = Probe(new, engine=engine)
-    losses = _losses(new(x), x)
+    losses = step_losses(new(x), x)
     assert probe.check(losses) < 1e-10
     probe.backward(losses)
-    sum(_losses(twin(x), x).values()).backward()  # type: ignore[union-attr]
+    sum(step_losses(twin(x), x).values()).backward()  # type: ignore[union-attr]
     assert not set(names) & set(probe.log.layers)
     assert len(probe.log.layers) == 41 - len(names)
     for (name, p), q in zip(twin.named_parameters(), new.parameters(), strict=True):
@@ -623,7 +596,9 @@ def test_layers_that_stay_shared_behind_a_split_equal_the_oracle(split: list[str
 
 
 def _halves(outputs: dict[str, Tensor], x: Tensor) -> dict[str, Tensor]:
-    first, second = (_losses({t: o[part] for t, o in outputs.items()}, x[part]) for part in (slice(0, 8), slice(8, 16)))
+    first, second = (
+        step_losses({t: o[part] for t, o in outputs.items()}, x[part]) for part in (slice(0, 8), slice(8, 16))
+    )
     return {t: first[t] - second[t] for t in first}
 
 
@@ -633,9 +608,9 @@ def test_a_null_holds_the_differences_between_halves_and_leaves_the_update_alone
     model = Small().double()
     twin = copy.deepcopy(model)
     probe, plain = Probe(twin, engine=engine), Probe(model, engine=engine)
-    for x in _batches(4, torch.float64):
+    for x in step_batches(4, torch.float64):
         torch.manual_seed(3)
-        plain.backward(_losses(model(x), x))
+        plain.backward(step_losses(model(x), x))
         torch.manual_seed(3)
         out = twin(x)
         apart = _halves(out, x)
@@ -644,7 +619,7 @@ def test_a_null_holds_the_differences_between_halves_and_leaves_the_update_alone
             for m in (twin.first, twin.norm, twin.second)
             for d in apart.values()
         ]
-        probe.backward(_losses(out, x), null=apart)
+        probe.backward(step_losses(out, x), null=apart)
         rows = torch.stack([v for (v,) in expected[6:9]])  # of `second`
         null = probe.log.null
         assert null is not None
@@ -660,19 +635,19 @@ def test_a_null_holds_the_differences_between_halves_and_leaves_the_update_alone
 
 def test_a_null_goes_on_where_it_was_stopped_and_what_does_not_go_with_it_is_refused() -> None:
     torch.manual_seed(0)
-    model, (x,) = Small(), _batches(1, torch.float32)
+    model, (x,) = Small(), step_batches(1, torch.float32)
     whole, parts = Probe(model), Probe(model)
     for _ in range(3):
         out = model(x)
-        whole.backward(_losses(out, x), null=_halves(out, x))
+        whole.backward(step_losses(out, x), null=_halves(out, x))
         out = model(x)
-        parts.backward(_losses(out, x), null=_halves(out, x))
+        parts.backward(step_losses(out, x), null=_halves(out, x))
         state, parts = parts.state_dict(), Probe(model)
         parts.load_state_dict(state)
     assert whole.log.null is not None and parts.log.null is not None
     assert parts.log.null.steps == whole.log.null.steps == 3
     out = model(x)
-    losses, apart = _losses(out, x), _halves(out, x)
+    losses, apart = step_losses(out, x), _halves(out, x)
     with pytest.raises(ProbeError, match="micro-batches"):
         parts.backward(losses, null=apart, last=False)
     with pytest.raises(ProbeError, match="scaled"):

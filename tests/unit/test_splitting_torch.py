@@ -18,7 +18,7 @@ from reconmtl.errors import SplitError
 from reconmtl.plan import Plan
 from reconmtl.splitting import Cost, cost, saved_plan, split, verify, view
 from reconmtl.splitting.storage import _CLASSES
-from zoo import TASKS, ZOO, Block, Headed, build
+from zoo import TASKS, ZOO, Block, Headed, Outer, build
 
 X = torch.randn(3, 2, 8, 8, generator=torch.Generator().manual_seed(0))
 PLAN = Plan(tasks=TASKS, layers=["trunk.0.conv2", "trunk.1.bn1"])
@@ -186,27 +186,10 @@ def test_a_forward_that_needs_values_is_not_counted() -> None:
         cost(Masked(6, 5), sample=torch.randn(10, 6))
 
 
-class Averaging(nn.Module):
-    """A module with a child and a moving average that its forward replaces."""
-
-    average: Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.inner = nn.Linear(6, 6)
-        self.register_buffer("average", torch.zeros(6))
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.inner(x)
-        if self.training:
-            self.average = 0.9 * self.average + 0.1 * y.detach().mean(0)
-        return cast(Tensor, y - self.average)
-
-
 @pytest.mark.parametrize("layer", ["trunk.0", "trunk.1.inner"])
 def test_a_buffer_that_a_container_replaces_becomes_one_per_task(layer: str) -> None:
     torch.manual_seed(0)
-    x, net = torch.randn(4, 6), Headed(nn.Sequential(nn.Linear(6, 6), Averaging()), 6, TASKS)
+    x, net = torch.randn(4, 6), Headed(nn.Sequential(nn.Linear(6, 6), Outer(replaces=True)), 6, TASKS)
     model = split(net, Plan(tasks=TASKS, layers=[layer]))
     twins = {t: copy.deepcopy(net) for t in TASKS}
     for t in TASKS:
