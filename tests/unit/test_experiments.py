@@ -84,6 +84,8 @@ def test_layers_found_elsewhere_are_those_of_the_other_data_set(out: Path) -> No
     there = experiments.CITYSCAPES["mini"].setup("mini", out, smoke=True)
     assert here.folder != there.folder
     log = here.probe(0)
+    runs = experiments.find("t15").run(here, (0,), lambda _: None)
+    assert runs == [] and "that were found on the other data set too: " in experiments.page("t15", here, (0,))
     plan = tables.found_in(experiments.CITYSCAPES)(here, log, 0)
     assert plan.tasks == log.tasks and len(plan.tasks) == 3
     assert set(plan.layers) == set(recon()(there, there.probe(0), 0).layers) != set(recon()(here, log, 0).layers)

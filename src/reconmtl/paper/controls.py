@@ -178,6 +178,10 @@ TABLE_11 = (
     Training(name="last layers", choose=last, norm_stats="shared"),
     Training(name="first layers", choose=first, norm_stats="shared"),
 )
+FAIR_11 = (
+    Training(name="last layers", choose=last),
+    Training(name="first layers", choose=first),
+)
 FAIR = (
     Training(name="recon", choose=WAYS["recon"]),
     Training(name="random layers", choose=random_layers),

@@ -187,7 +187,7 @@ EXPERIMENTS: Mapping[str, Experiment] = {
     "t10": _distribution("t10", "How gradients conflict, PASCAL-Context", PASCAL, cagrad=0.1),
     "t11": _selection("t11", "Recon and the first or last layers, as published and fair", {
         "last": "last layers (shared statistics)", "first": "first layers (shared statistics)",
-    }, controls.TABLE_11),
+    }, (*controls.TABLE_11, *controls.FAIR_11)),
     "t12": Experiment(title="Do stages of training give the same ranking?", places=MULTIFASHION,
                       probes=distances.of_stages, recorded=distances.stages_there,
                       show=distances.show_stages, draw=distances.draw_stages),
