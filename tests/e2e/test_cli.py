@@ -435,7 +435,7 @@ def test_an_unforeseen_error_says_what_is_kept_only_where_anything_was_begun(say
 def test_a_study_that_was_interrupted_and_resumed_ends_as_one_that_was_not(
     jobs: str, number: signal.Signals, tmp_path: Path
 ) -> None:
-    words = ["run", "planted", "--epochs", "40", "--probe-epochs", "2", "--seeds", "0", "--accelerator", "cpu"]
+    words = ["run", "planted", "--epochs", "24", "--probe-epochs", "2", "--seeds", "0", "--accelerator", "cpu"]
     words += ["--jobs", jobs, "--out"]
     assert _run(*words, "whole", cwd=tmp_path).returncode == 0
     process = subprocess.Popen(

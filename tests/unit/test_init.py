@@ -34,9 +34,10 @@ def test_public_names_survive_importing_every_room_in_random_order() -> None:
 def test_help_needs_no_torch() -> None:
     code = (
         "import sys, reconmtl.cli\n"
-        "try: reconmtl.cli.main(['--help'])\n"
-        "except SystemExit: pass\n"
-        "assert 'torch' not in sys.modules and 'numpy' not in sys.modules"
+        "from reconmtl.commands import COMMANDS\n"
+        "for words in (['--help'], ['--version'], *([name, '--help'] for name in COMMANDS)):\n"
+        "    assert reconmtl.cli.main(words) == 0\n"
+        "    assert 'torch' not in sys.modules and 'numpy' not in sys.modules, words"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60, stdout=subprocess.DEVNULL)
 

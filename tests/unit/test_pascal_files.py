@@ -126,7 +126,7 @@ def damage(root: Path) -> dict[str, Callable[[], object]]:
     return {
         "labels such as 21, expected 0 to 20": lambda: labels(21),
         r"size \[8, 8\], its image has \[48, 64\]": small,
-        "no MATLAB file with LabelMap": lambda: context.write_bytes(b"nothing"),
+        r"no MATLAB file \(version 5 to 7\) with LabelMap": lambda: context.write_bytes(b"nothing"),
         "LabelMap is float64": lambda: savemat(context, {"LabelMap": np.zeros(SIZE)}),
         "labels such as 460": lambda: savemat(context, {"LabelMap": np.full(SIZE, 460)}),
         "not as PASCAL-Part's": lambda: savemat(root / "human_parts" / f"{name}.mat", {"anno": np.zeros((2, 2))}),

@@ -6,17 +6,22 @@ shape. The slow test does the bulk in a process whose memory is bounded, so that
 
 import json
 import os
+import pickle
 import random
 import re
+import struct
 import subprocess
 import sys
 import tempfile
+import warnings
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -30,15 +35,20 @@ from reconmtl.configuration import read_config
 from reconmtl.conflicts import ConflictLog
 from reconmtl.counts import Counts
 from reconmtl.errors import ReconError
+from reconmtl.networks.resnet import CELEBA_ATTRIBUTES
 from reconmtl.plan import Plan
-from reconmtl.problems import idx, multifashion_data
+from reconmtl.problems import celeba_files, idx, multifashion_data, nyuv2, pascal_files
+from reconmtl.problems.celeba_files import read_listing
+from reconmtl.problems.dense_files import DenseFolder
+from reconmtl.problems.pascal_files import PascalFolder
+from reconmtl.problems.rooms_files import write_npy_folders, write_pascal_folder
 from reconmtl.reporting.material import _curve
 from reconmtl.runs import Run
 from reconmtl.settings import Settings, SweepSettings
 from reconmtl.splitting import saved_plan
 from reconmtl.splitting.adapted import EXTRA
 
-MANY = 24_000
+MANY = 30_000
 """Cases of the slow test, over all readers."""
 FEW = 40
 """Cases per reader by default."""
@@ -141,6 +151,68 @@ def _read_config(folder: Path) -> object:
     return [read_config(folder / "config.yaml", kind) for kind in (Settings, SweepSettings)]
 
 
+# Data sets. -----------------------------------------------------------------------------------------------------------
+
+
+def _published(folder: Path) -> None:
+    images, labels = np.arange(2 * 36 * 36, dtype=np.uint8).reshape(2, 36, 36), np.array([[1, 2], [3, 4]])
+    content = (images.astype(np.float64), labels, np.asfortranarray(images), labels.astype(">i2"))
+    with (folder / "published.pickle").open("wb") as file:
+        pickle.dump(content, file, protocol=2)
+
+
+def _celeba_lists(folder: Path, *, kaggle: bool = False) -> None:
+    names = [f"{i:06d}.jpg" for i in range(1, 4)]
+    (folder / "img_align_celeba").mkdir(parents=True)
+    for name in names:
+        (folder / "img_align_celeba" / name).touch()
+    labels = [["1", "-1"] * 20 for _ in names]
+    if kaggle:
+        rows = [["image_id", *CELEBA_ATTRIBUTES], *([n, *y] for n, y in zip(names, labels, strict=True))]
+        (folder / "list_attr_celeba.csv").write_text("".join(f"{','.join(row)}\n" for row in rows))
+        (folder / "list_eval_partition.csv").write_text("".join(f"{n},{i}\n" for i, n in enumerate(["id", *names], -1)))
+    else:
+        rows = [["3"], [*CELEBA_ATTRIBUTES], *([n, *y] for n, y in zip(names, labels, strict=True))]
+        (folder / "list_attr_celeba.txt").write_text("".join(f"{' '.join(row)}\n" for row in rows))
+        (folder / "list_eval_partition.txt").write_text("".join(f"{n} {i}\n" for i, n in enumerate(names)))
+
+
+def _celeba_images(folder: Path) -> None:
+    from PIL import Image
+
+    (folder / "images").mkdir()
+    for i in range(2):
+        Image.new("RGB", (20, 24), (80 * i, 10, 20)).save(folder / "images" / f"{i}.jpg")
+    _read_celeba_images(folder)
+
+
+def _read_celeba_images(folder: Path) -> object:
+    for i in range(2):
+        celeba_files._decode(folder / "images" / f"{i}.jpg")
+    return celeba_files.decoded(folder / "images", ["0.jpg", "1.jpg"], folder / "cache")
+
+
+def _dense(folder: Path) -> None:
+    write_npy_folders(folder, "nyuv2", counts={"val": 2}, size=(8, 12))
+
+
+def _read_dense(folder: Path) -> object:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of fewer samples than were published
+        data = DenseFolder(folder, "val", layout=nyuv2.LAYOUT)
+        return [data[i] for i in range(len(data))]
+
+
+def _pascal(folder: Path) -> None:
+    write_pascal_folder(folder, counts={"val": 1}, size=(24, 32))
+
+
+def _read_pascal(folder: Path) -> object:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return PascalFolder(folder, "val", size=64)[0]
+
+
 READERS = [
     Reader("plan", lambda f: PLAN.save(f / "plan.json"), lambda f: Plan.load(f / "plan.json")),
     Reader("log", _log, lambda f: ConflictLog.load(f).rank(severity=-0.1)),
@@ -151,6 +223,12 @@ READERS = [
     Reader("split", _split_state, _read_split_state, names_file=False),
     Reader("idx", _idx, _read_idx),
     Reader("cached", _cached, lambda f: multifashion_data.load_full(cache=f)),
+    Reader("published", _published, lambda f: multifashion_data.load_published(f / "published.pickle")),
+    Reader("celeba", _celeba_lists, read_listing),
+    Reader("kaggle", lambda f: _celeba_lists(f, kaggle=True), read_listing),
+    Reader("images", _celeba_images, _read_celeba_images),
+    Reader("dense", _dense, _read_dense),
+    Reader("pascal", _pascal, _read_pascal),
 ]
 
 
@@ -226,7 +304,7 @@ def _bytes_cases(reader: Reader, cases: int, seed: int) -> dict[str, int]:
     outcomes = {"read": 0, "refused": 0}
     with _folder(reader) as (folder, files):
         for _ in range(cases):
-            file = draw.choice(list(files))
+            file = draw.choice([f for f in files if files[f] or len(files) == 1])
             content = _damaged(files[file], draw)
             try:
                 outcomes[_try(reader, folder, file, content, files[file])] += 1
@@ -297,6 +375,7 @@ def _main() -> None:
     for name in JSON:
         _value_cases(name, 500)
         total += 500
+    assert total >= 20_000
     print(f"{total} damaged files: each was read or refused with an error that names it")
 
 
@@ -314,6 +393,23 @@ def test_many_damaged_files_in_bounded_memory(capsys: pytest.CaptureFixture[str]
     with capsys.disabled():
         print(f"\n{done.stdout}")
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_images_that_claim_to_be_huge_are_refused_before_they_are_made(tmp_path: Path) -> None:
+    head = struct.pack(">IIBBBBB", 9000, 9000, 8, 2, 0, 0, 0)
+    chunk = struct.pack(">I", 13) + b"IHDR" + head + struct.pack(">I", zlib.crc32(b"IHDR" + head))
+    (tmp_path / "x.png").write_bytes(b"\x89PNG\r\n\x1a\n" + chunk)
+    for read in (celeba_files._decode, lambda f: pascal_files._read_image(f, colours=True)):
+        with pytest.raises(ReconError, match=r"x\.png cannot be decoded: it claims 9000 x 9000 pixels"):
+            read(tmp_path / "x.png")
+
+
+def test_a_number_that_is_infinite_once_it_is_read_is_refused(tmp_path: Path) -> None:
+    _dense(tmp_path)
+    file = tmp_path / "val" / "depth" / "1.npy"
+    np.save(file, np.load(file).astype(np.float64) + 1e300)
+    with pytest.raises(ReconError, match=r"1\.npy: NaN or infinite values"):
+        _read_dense(tmp_path)
 
 
 def test_counts_that_would_unfold_into_more_than_was_recorded_are_refused() -> None:

@@ -11,13 +11,14 @@ import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from reconmtl.errors import DataError, missing_extra
+from reconmtl.errors import DataError, RunError, missing_extra
 from reconmtl.files import cache_folder, read_json, write_json
 from reconmtl.networks.resnet import CELEBA_ATTRIBUTES
 from reconmtl.progress import bar
@@ -26,6 +27,8 @@ SPLITS = {"train": 0, "val": 1, "test": 2}
 COUNTS = {"train": 162770, "val": 19867, "test": 19962}
 SIDE = 64
 """Of the cached images [pixels]."""
+PIXELS = 2**24
+"""Of an image, at most: memory is taken for as many as a file claims to have."""
 CHUNK = 1024
 """Images per checksum, and between two notes of how far the cache is filled."""
 FORMAT = "reconmtl.celeba/1"
@@ -232,12 +235,9 @@ def decoded(source: Path, names: Sequence[str], folder: Path) -> NDArray[np.uint
     checks = _read_notes(notes, shape)
     chunks = [range(i, min(i + CHUNK, len(names))) for i in range(0, len(names), CHUNK)]
     if len(checks) < len(chunks):
-        folder.mkdir(parents=True, exist_ok=True)
         fresh = not checks or not data.exists()
         checks = [] if fresh else checks
-        images = np.lib.format.open_memmap(
-            data, mode="w+" if fresh else "r+", dtype=np.uint8, shape=shape if fresh else None
-        )
+        images = _made(data, shape) if fresh else _mapped(data, shape, "r+")
         with bar(len(names), f"decoding into {folder.name}", "image") as progress:
             progress.update(sum(len(c) for c in chunks[: len(checks)]))
             for chunk in chunks[len(checks) :]:
@@ -253,16 +253,37 @@ def decoded(source: Path, names: Sequence[str], folder: Path) -> NDArray[np.uint
 
 def _verified(data: Path, shape: tuple[int, ...], chunks: Sequence[range], checks: Sequence[int]) -> NDArray[np.uint8]:
     """Map the file and compare its first, middle and last chunk with what was noted."""
+    images = _mapped(data, shape, "r")
+    for i in {0, len(chunks) // 2, len(chunks) - 1}:
+        if zlib.crc32(images[chunks[i].start : chunks[i].stop].tobytes()) != checks[i]:
+            raise _damaged(data)
+    return images
+
+
+def _made(data: Path, shape: tuple[int, ...]) -> NDArray[np.uint8]:
+    """A new file of images, mapped to memory."""
     try:
-        images = np.load(data, mmap_mode="r", allow_pickle=False)
-        sound = isinstance(images, np.memmap) and images.shape == shape and images.dtype == np.uint8
-    except (OSError, ValueError, EOFError, SyntaxError):
-        sound = False
-    for i in {0, len(chunks) // 2, len(chunks) - 1} if sound else ():
-        sound = sound and zlib.crc32(images[chunks[i].start : chunks[i].stop].tobytes()) == checks[i]
-    if not sound:
-        raise DataError(f"{data} is damaged: delete the folder {data.parent}, and the images are decoded again.")
-    return images  # type: ignore[no-any-return]
+        data.parent.mkdir(parents=True, exist_ok=True)
+        return np.lib.format.open_memmap(data, mode="w+", dtype=np.uint8, shape=shape)
+    except OSError as error:
+        raise RunError(
+            f"Cannot write {data}: {error.strerror or error}. Free space, or choose another cache."
+        ) from None
+
+
+def _mapped(data: Path, shape: tuple[int, ...], mode: Literal["r", "r+"]) -> NDArray[np.uint8]:
+    """The file of images, mapped to memory, if it is what it should be."""
+    try:
+        images = np.load(data, mmap_mode=mode, allow_pickle=False)
+    except Exception:  # NumPy parses the header as Python, which a damaged one can fail in any way
+        raise _damaged(data) from None
+    if not isinstance(images, np.memmap) or images.shape != shape or images.dtype != np.uint8:
+        raise _damaged(data)
+    return images
+
+
+def _damaged(file: Path) -> DataError:
+    return DataError(f"{file} is damaged: delete the folder {file.parent}, and the images are decoded again.")
 
 
 def _read_notes(path: Path, shape: tuple[int, ...]) -> list[int]:
@@ -273,19 +294,21 @@ def _read_notes(path: Path, shape: tuple[int, ...]) -> list[int]:
     checks = notes.get("crc32") if isinstance(notes, Mapping) else None
     whole = isinstance(checks, list) and all(isinstance(c, int) for c in checks)
     if not whole or notes.get("shape") != list(shape) or notes.get("format") != FORMAT:
-        raise DataError(f"{path} is damaged: delete the folder {path.parent}, and the images are decoded again.")
+        raise _damaged(path)
     return list(checks)  # type: ignore[arg-type]
 
 
 def _decode(path: Path) -> NDArray[np.uint8]:
     try:
-        from PIL import Image, UnidentifiedImageError
+        from PIL import Image
     except ModuleNotFoundError:
         raise missing_extra("Decoding images", "images") from None
     try:
         with Image.open(path) as image:
+            if image.width * image.height > PIXELS:
+                raise ValueError(f"it claims {image.width} x {image.height} pixels")
             small = image.convert("RGB").resize((SIDE, SIDE), Image.Resampling.BILINEAR)
-    except (OSError, UnidentifiedImageError, Image.DecompressionBombError, ValueError, SyntaxError) as error:
+    except Exception as error:  # decoders raise whatever a damaged file leads them to
         raise DataError(f"{path} cannot be decoded: {error}. Get the file again ({SOURCE}).") from None
     pixels: NDArray[np.uint8] = np.moveaxis(np.asarray(small), -1, 0)
     return pixels

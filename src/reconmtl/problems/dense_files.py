@@ -293,13 +293,18 @@ def header(path: Path) -> tuple[int, ...]:
     Raises:
         DataError: If the file is no .npy file, holds objects, or is shorter than its header says.
     """
+    return tuple(_mapped(path).shape)
+
+
+def _mapped(path: Path) -> NDArray[Any]:
+    """The array, mapped to memory, so that no memory is taken for more than the file holds."""
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError, SyntaxError) as error:
-        raise DataError(f"{path} is no .npy file of numbers: {error}") from None
+    except Exception as error:  # NumPy parses the header as Python, which a damaged one can fail in any way
+        raise DataError(f"{path} is no .npy file of numbers: {type(error).__name__}: {error!s:.200}") from None
     if not isinstance(array, np.ndarray):
         raise DataError(f"{path} is no .npy file of numbers.")
-    return tuple(array.shape)
+    return array
 
 
 def read_npy(path: Path) -> NDArray[Any]:
@@ -308,16 +313,18 @@ def read_npy(path: Path) -> NDArray[Any]:
     Raises:
         DataError: If the file is no .npy file, holds objects, or is shorter than its header says.
     """
-    header(path)  # maps the file first, so that no memory is taken for more than the file holds
-    return np.asarray(np.load(path, allow_pickle=False))
+    return np.array(_mapped(path))
 
 
 def array_faults(array: NDArray[Any], kind: Kind) -> list[str]:
     """What is wrong with one array's content."""
     if array.dtype.kind not in "fiub":
         return [f"dtype {array.dtype}, expected numbers"]
-    if array.dtype.kind == "f" and not np.isfinite(array).all():
-        return ["NaN or infinite values"]
+    if array.dtype.kind == "f":
+        with np.errstate(over="ignore"):
+            single = array.astype(np.float32, copy=False)  # what is trained on
+        if not np.isfinite(single).all():
+            return ["NaN or infinite values"]
     if kind.classes:
         odd = (array != np.floor(array)) | (array < -1) | (array >= kind.classes)
         if odd.any():

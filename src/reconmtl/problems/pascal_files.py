@@ -25,11 +25,14 @@ from torch.nn import functional as F
 from reconmtl.boundaries import label_edges
 from reconmtl.errors import DataError, missing_extra
 from reconmtl.problems.dense_files import directions, mirrored
+from reconmtl.problems.matlab import read_matlab
 
 TASKS = ("semantic", "parts", "saliency", "normal", "edge")
 COUNTS = {"train": 4998, "val": 5105}
 SOURCE = "https://data.vision.ee.ethz.ch/kmaninis/share/MTL/PASCAL_MT.tgz (33,224 png, 10,103 jpg, 20,206 mat)"
 IGNORED = 255
+PIXELS = 2**24
+"""Of an image, at most: memory is taken for as many as a file claims to have."""
 SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0)
 """Factors of size that are drawn from, each as likely as the others."""
 PERSON = 15
@@ -87,7 +90,7 @@ class PascalFolder:
 
     Raises:
         DataError: If anything is missing or odd; all of it is listed.
-        MissingExtraError: If Pillow or SciPy is not installed.
+        MissingExtraError: If Pillow is not installed.
     """
 
     def __init__(
@@ -202,30 +205,23 @@ _AGAIN = f"Get the file again ({SOURCE})."
 
 def _read_image(path: Path, *, colours: bool) -> NDArray[np.uint8]:
     try:
-        from PIL import Image, UnidentifiedImageError
+        from PIL import Image
     except ModuleNotFoundError:
         raise missing_extra("PASCAL-Context", "pascal") from None
     try:
         with Image.open(path) as image:
+            if image.width * image.height > PIXELS:
+                raise ValueError(f"it claims {image.width} x {image.height} pixels")
             # Labels are the palette's indices, not its colours.
             return np.array(image.convert("RGB") if colours else image if image.mode in "PL" else image.convert("L"))
-    except (OSError, UnidentifiedImageError, Image.DecompressionBombError, ValueError, SyntaxError) as error:
+    except Exception as error:  # decoders raise whatever a damaged file leads them to
         raise DataError(f"{path} cannot be decoded: {error}. {_AGAIN}") from None
 
 
-def _read_mat(path: Path, key: str) -> Any:  # noqa: ANN401 MATLAB's arrays hold anything
-    try:
-        from scipy.io import loadmat
-    except ModuleNotFoundError:
-        raise missing_extra("PASCAL-Context", "pascal") from None
-    try:
-        return loadmat(path, variable_names=[key])[key]
-    except Exception as error:  # its reader raises whatever a damaged file leads it to
-        raise DataError(f"{path} is no MATLAB file with {key}: {error!r}. {_AGAIN}") from None
-
-
 def _label_map(path: Path) -> NDArray[np.int64]:
-    found = _read_mat(path, "LabelMap")
+    found = _variable(path, "LabelMap")
+    if not isinstance(found, np.ndarray):
+        raise DataError(f"{path}: LabelMap is {type(found).__name__}, expected whole numbers [H, W]. {_AGAIN}")
     if found.ndim != 2 or found.dtype.kind not in "ui" or (found < 0).any():
         raise DataError(
             f"{path}: LabelMap is {found.dtype} {list(found.shape)}, expected whole numbers [H, W]. {_AGAIN}"
@@ -233,16 +229,24 @@ def _label_map(path: Path) -> NDArray[np.int64]:
     return cast("NDArray[np.int64]", found.astype(np.int64))
 
 
+def _variable(path: Path, name: str) -> Any:  # noqa: ANN401 MATLAB's arrays hold anything
+    try:
+        return read_matlab(path, name)
+    except DataError as error:
+        raise DataError(f"{error} {_AGAIN}") from None
+
+
 def _read_parts(path: Path, size: tuple[int, int]) -> NDArray[np.uint8]:
     """Labels of the parts of people; all 255 if there is none."""
-    anno = _read_mat(path, "anno")
+    anno = _variable(path, "anno")
     target = np.zeros(size, dtype=np.uint8)
     try:
-        for thing in anno[0, 0][1][0]:  # its fields: class, class_ind, mask, parts
-            if int(thing[1][0, 0]) != PERSON or thing[3].size == 0:
+        _, things = anno[0].values()
+        for _, number, _, parts in (thing.values() for thing in things):  # class, class_ind, mask, parts
+            if int(number[0, 0]) != PERSON or len(parts) == 0:
                 continue
-            for part in thing[3][0]:  # part_name, mask
-                target[part[1].astype(bool)] = PARTS[str(part[0][0])]
+            for name, mask in (part.values() for part in parts):
+                target[mask.astype(bool)] = PARTS[name]
     except (IndexError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise DataError(f"{path}: not as PASCAL-Part's annotations are: {error!r}. {_AGAIN}") from None
     return target if target.any() else np.full(size, IGNORED, dtype=np.uint8)
