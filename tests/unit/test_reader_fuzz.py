@@ -398,7 +398,8 @@ def test_many_damaged_files_in_bounded_memory(capsys: pytest.CaptureFixture[str]
 def test_images_that_claim_to_be_huge_are_refused_before_they_are_made(tmp_path: Path) -> None:
     head = struct.pack(">IIBBBBB", 9000, 9000, 8, 2, 0, 0, 0)
     chunk = struct.pack(">I", 13) + b"IHDR" + head + struct.pack(">I", zlib.crc32(b"IHDR" + head))
-    (tmp_path / "x.png").write_bytes(b"\x89PNG\r\n\x1a\n" + chunk)
+    data = struct.pack(">I", 1000) + b"IDAT" + bytes(1000)
+    (tmp_path / "x.png").write_bytes(b"\x89PNG\r\n\x1a\n" + chunk + data)
     for read in (celeba_files._decode, lambda f: pascal_files._read_image(f, colours=True)):
         with pytest.raises(ReconError, match=r"x\.png cannot be decoded: it claims 9000 x 9000 pixels"):
             read(tmp_path / "x.png")

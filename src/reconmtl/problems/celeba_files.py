@@ -11,7 +11,7 @@ import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -40,6 +40,9 @@ SOURCE = (
 _ATTRIBUTES = ("Anno/list_attr_celeba", "celeba/list_attr_celeba", "list_attr_celeba")
 _PARTITION = ("Eval/list_eval_partition", "celeba/list_eval_partition", "list_eval_partition")
 _IMAGES = ("Img/img_align_celeba", "celeba/img_align_celeba", "img_align_celeba/img_align_celeba", "img_align_celeba")
+
+
+Mapped = np.memmap[Any, np.dtype[np.uint8]]
 
 
 @dataclass(frozen=True)
@@ -260,7 +263,7 @@ def _verified(data: Path, shape: tuple[int, ...], chunks: Sequence[range], check
     return images
 
 
-def _made(data: Path, shape: tuple[int, ...]) -> NDArray[np.uint8]:
+def _made(data: Path, shape: tuple[int, ...]) -> Mapped:
     """A new file of images, mapped to memory."""
     try:
         data.parent.mkdir(parents=True, exist_ok=True)
@@ -271,7 +274,7 @@ def _made(data: Path, shape: tuple[int, ...]) -> NDArray[np.uint8]:
         ) from None
 
 
-def _mapped(data: Path, shape: tuple[int, ...], mode: Literal["r", "r+"]) -> NDArray[np.uint8]:
+def _mapped(data: Path, shape: tuple[int, ...], mode: Literal["r", "r+"]) -> Mapped:
     """The file of images, mapped to memory, if it is what it should be."""
     try:
         images = np.load(data, mmap_mode=mode, allow_pickle=False)
