@@ -5,6 +5,8 @@ from pathlib import Path
 import pytest
 
 from commandline import QUICK, Say, caller
+from reconmtl.architectures import ARCHITECTURES
+from reconmtl.balance import BALANCERS
 from reconmtl.plan import Plan
 
 
@@ -118,3 +120,42 @@ def test_ls_lists_the_ready_problems(say: Say) -> None:
     assert "--preset demo: width 8, data mini, 8 epochs (2 probed)" in said.out
     assert "--preset paper: width 64, data full, 120 epochs (30 probed), batch 256, K = 25" in said.out
     assert {"multifashion", "planted"} <= {entry["name"] for entry in say("ls", "--json").json}
+
+
+# Every method. --------------------------------------------------------------------------------------------------------
+
+FEW = ("cagrad:c=0.4", "mmoe", "bmtas:epochs=1")
+MANY = sorted(
+    {*BALANCERS, *ARCHITECTURES, "single", "rotograd:scale=false"} - {"krum", "trimmed-mean", "mmoe", "bmtas"}
+)
+LAYERS = {"mmoe": "experts.0.0.0", "cross-stitch": "networks.digit.1.0.conv1"}
+
+
+@pytest.mark.parametrize("method", [*FEW, *(pytest.param(m, marks=pytest.mark.slow) for m in MANY)])
+def test_every_method_fits_the_mini_set_with_and_without_a_plan(method: str, say: Say) -> None:
+    pytest.importorskip("torchjd")
+    words = ("fit", "multifashion", "--method", method, "--width", "2", "--accelerator", "cpu", "--fast-dev-run")
+    Plan(tasks=("digit", "fashion"), layers=[LAYERS.get(method, "layer1.0.conv1")]).save("plan.json")
+    plain = say(*words, "--out", "plain", "--json")
+    assert plain.code == 0, plain.err
+    split = say(*words, "--out", "split", "--plan", "plan.json", "--json")
+    if method == "single":
+        assert split.code == 2
+        assert "shares nothing" in split.err
+        return
+    assert split.code == 0, split.err
+    (before,), (after,) = (said.json["rows"] for said in (plain, split))
+    assert after["label"].startswith(before["label"] + " w/ ")
+    assert after["megabytes"] >= before["megabytes"] * (1 if "bmtas" in method else 1 + 1e-9)
+
+
+@pytest.mark.slow
+def test_the_sweep_file_of_table_1_makes_every_row(say: Say) -> None:
+    pytest.importorskip("torchjd")
+    path = Path(__file__).parents[2] / "examples" / "table1.yaml"
+    said = say("sweep", str(path), "--fast-dev-run", "--accelerator", "cpu", "--jobs", "1", "--width", "2", "--json")
+    assert said.code == 0, said.err
+    assert said.json["failures"] == []
+    rows = {row["label"] for row in said.json["studies"]["multifashion"]["rows"]}
+    names = ["RotoGrad (m=100)", "BMTAS (epochs=2)", "joint", "MGDA", "PCGrad", "GradDrop", "CAGrad (c=0.2)", "MMoE"]
+    assert {"single-task", *names, *(f"{n} w/ Recon" for n in names)} == rows

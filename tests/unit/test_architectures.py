@@ -159,6 +159,34 @@ def test_one_seed_gives_every_balancer_the_same_start_and_joint_is_the_sum() -> 
         torch.testing.assert_close(same.model().state_dict()[name], value)
 
 
+class Three(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads = nn.ModuleDict({t: nn.Linear(6, 1) for t in "abc"})
+
+
+def test_groups_of_tasks_go_through_training_checkpoints_views_and_the_report(tmp_path: Path) -> None:
+    data = {n: [(x, y | {"c": y["a"] - y["b"]}) for x, y in map(Points(n, n).__getitem__, range(n))] for n in (32, 16)}
+    tasks = [rm.Task(t, loss=nn.functional.mse_loss, metrics=[rm.Metric("mae", _error, best="min")]) for t in "abc"]
+    three = problem(Three, tasks=tasks, train=data[32], test=data[16])
+    groups = rm.Plan(tasks=tuple("abc"), layers={"second.linear": [["a", "c"], ["b"]]})
+    refined = groups.refine(rm.Plan(tasks=tuple("abc"), layers={"first.linear": [["a", "b"], ["c"]]}))
+    joint = rm.fit(three, record=True, out=tmp_path / "joint")
+    (run,) = rm.fit(three, method="cagrad", plan=refined, record=True, out=tmp_path / "groups")
+    assert run.parameters == rm.cost(Three(), refined).parameters == sum(p.numel() for p in run.model().parameters())
+    assert run.log is not None
+    assert set(run.log.layers) == {"first.linear[a+b]", "second.linear[a+c]"}  # shared by two, so still measured
+    again, x = open_run(tmp_path / "groups" / "seed0", three).model().eval(), Points(5, 3).x
+    assert rm.Plan.load(tmp_path / "groups" / "seed0" / "plan.json") == refined
+    for task, out in run.model()(x).items():
+        torch.testing.assert_close(again(x)[task], out)
+        torch.testing.assert_close(rm.view(again, task)(x)[task], out)
+    rm.report([*joint, run], to=tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
+    assert "a + b" in page
+    assert "a + c" in page
+
+
 @pytest.mark.parametrize("method", ["joint", "cagrad", "graddrop", "uw", "famo", "rotograd:m=6", "mmoe", "single"])
 def test_mixed_precision_trains_nearly_the_same_network(method: str) -> None:
     """After eight steps, two per cent of the way that the weights have gone."""

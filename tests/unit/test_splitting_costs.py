@@ -1,6 +1,7 @@
 """What a plan costs, for all tasks and for some: against networks of just these parts, written by hand and counted."""
 
 import copy
+import random
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, cast
@@ -73,6 +74,37 @@ def by_hand(net: Net, groups: Sequence[tuple[str, ...]], tasks: Sequence[str], x
 
     parts = nn.ModuleList([first, *convs, *norms, net.c3, *heads.values()])
     return counted(run, list(parts.parameters()), list(parts.buffers()))
+
+
+def plans(draw: random.Random) -> Plan:
+    """Any layers of the convolutions, each in any partition of the tasks."""
+    layers = {}
+    for name in draw.sample(["c1", "c2", "c3"], draw.randint(1, 3)):
+        colours = {t: draw.randrange(3) for t in TASKS}
+        layers[name] = [[t for t in TASKS if colours[t] == c] for c in sorted(set(colours.values()))]
+    return Plan(tasks=TASKS, layers=layers)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_refined_plan_costs_a_copy_for_every_two_tasks_that_either_plan_parts(seed: int) -> None:
+    draw, net = random.Random(seed), Net()
+    one, other = plans(draw), plans(draw)
+    both = one.refine(other)
+    expected = sum(p.numel() for p in net.parameters())
+    for name in ("c1", "c2", "c3"):
+        parts = [{t: k for k, g in enumerate(p.layers.get(name, (TASKS,))) for t in g} for p in (one, other)]
+        copies = {tuple(part[t] for part in parts) for t in TASKS}
+        expected += (len(copies) - 1) * sum(p.numel() for p in net.get_submodule(name).parameters())
+    assert cost(net, both).parameters == expected
+    assert cost(net, other.refine(one)).parameters == cost(net, both.refine(one)).parameters == expected
+    x = torch.randn(3, 2, 8, 8)
+    model = split(net, both, sample=x) if any(len(g) > 1 for g in both.layers.values()) else net
+    assert sum(p.numel() for p in model.parameters()) == expected
+    flops = [cast(int, cost(net, plan, sample=x).flops) for plan in (one, other, both)]
+    assert max(flops) == flops[2]  # more is never cheaper
+    with torch.no_grad():
+        for task, out in net.eval()(x).items():
+            torch.testing.assert_close(model.eval()(x)[task], out)
 
 
 @pytest.mark.parametrize("training", [True, False])
