@@ -66,6 +66,11 @@ def test_showing_trains_nothing_and_writes_what_was_asked_for(tmp_path: Path) ->
     assert main([*words, "--to", str(tmp_path / "page.md"), "--figures", str(tmp_path / "figures")]) == 0
     assert (tmp_path / "page.md").read_text(encoding="utf-8").count("Nothing is finished yet") == 4
     assert [f.name for f in tmp_path.iterdir()] == ["page.md"]
+
+
+@pytest.mark.slow
+def test_a_figure_stands_on_the_page_under_its_place_beside_it(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
     setup = experiments.find("t7").setup("mini", RUNS)
     picture = experiments.draw("t7", setup, (0, 1, 2), tmp_path / "figures")
     assert picture is not None

@@ -189,6 +189,7 @@ def show(setup: Setup, of: Mapping[str, Training], table: str, seeds: Sequence[i
             b.row.label,
             "" if b.row.delta_m is None else b.row.delta_m.show(2, sign=True),
             number(b.printed),
+            agreement(None if b.row.delta_m is None else b.row.delta_m.mean, b.printed),
             number(b.gain),
             number(b.printed_gain),
             b.agrees,
@@ -196,7 +197,7 @@ def show(setup: Setup, of: Mapping[str, Training], table: str, seeds: Sequence[i
         ]
         for b in found
     ]
-    titles = ["method", "Δm (%)", "paper's Δm", "gain by Recon", "paper's gain", "agrees", "n"]
+    titles = ["method", "Δm (%)", "paper's Δm", "agrees", "gain by Recon", "paper's gain", "agrees", "n"]
     return "\n\n".join([*parts, "Beside the paper (its n = 3):", grid(titles, cells), *_in_common(runs)])
 
 
