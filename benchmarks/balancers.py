@@ -28,7 +28,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from reconmtl.balance import BALANCERS, Balancer
+from reconmtl.balance import Balancer
+from reconmtl.balancers import BALANCERS
 from reconmtl.networks import resnet
 from reconmtl.networks.cross_stitch import CrossStitch
 from reconmtl.networks.mmoe import mmoe

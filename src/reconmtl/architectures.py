@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import nn
 
-from reconmtl.balance import BALANCERS, check_balancer, label_of, read_parameters
+from reconmtl.balancers import BALANCERS, check_balancer, label_of, read_parameters
 from reconmtl.errors import ProblemError, nearest
 from reconmtl.evaluation import Machine
 from reconmtl.networks.bmtas import search

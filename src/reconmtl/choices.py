@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, cast
 
 from reconmtl.architectures import ARCHITECTURES, check_method
-from reconmtl.balance import BALANCERS
+from reconmtl.balancers import BALANCERS
 from reconmtl.conflicts import check_severity
 from reconmtl.errors import DataError, ProblemError, ReconError, UnknownNameError, nearest
 from reconmtl.evaluation import Machine

@@ -12,7 +12,7 @@ from typing import Any, cast, get_args
 from torch import nn
 
 from reconmtl.architectures import Way, check_method, way
-from reconmtl.balance import label_of
+from reconmtl.balancers import label_of
 from reconmtl.checkpoints import read_checkpoint, restore_model, save_checkpoint
 from reconmtl.conflicts import ConflictLog
 from reconmtl.errors import ProblemError, ReconError, RunError, nearest

@@ -6,7 +6,7 @@ import pytest
 
 from commandline import QUICK, Say, caller
 from reconmtl.architectures import ARCHITECTURES
-from reconmtl.balance import BALANCERS
+from reconmtl.balancers import BALANCERS
 from reconmtl.plan import Plan
 
 

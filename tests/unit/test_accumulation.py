@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from reconmtl.balance import BALANCERS, Balancer
+from reconmtl.balance import Balancer
+from reconmtl.balancers import BALANCERS
 from reconmtl.errors import ProbeError
 from reconmtl.probing import Probe
 from stepping import Scales, step_batches, step_losses

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import reconmtl as rm
 from reconmtl.architectures import ARCHITECTURES, check_method, way
-from reconmtl.balance import BALANCERS
+from reconmtl.balancers import BALANCERS
 from reconmtl.errors import ProblemError
 from reconmtl.networks.pieces import Pieces
 from reconmtl.train import open_run
