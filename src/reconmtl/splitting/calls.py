@@ -199,6 +199,8 @@ def _partitions(module: nn.Module, rec: Record) -> list[Masks]:
 
 def _held(module: nn.Module, rec: Record) -> list[Masks]:
     """The groups for which attributes of a module hold values of their own."""
+    if not rec.held:
+        return []
     found: list[Branched] = []
     collect([module.__dict__.get(n) for n in rec.held], found)
     groups = [b.masks for b in found] + [v.masks for n in rec.held if type(v := module.__dict__.get(n)) is PerTask]
