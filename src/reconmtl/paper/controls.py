@@ -93,10 +93,18 @@ def least_conflicts(setup: Setup, log: ConflictLog, seed: int) -> Plan:
     return Plan(tasks=log.tasks, layers=ranking.layers[-k:], chosen={"by": "least conflicts", "k": k})
 
 
+_COUNTED: dict[tuple[str, int | None, object], Cost] = {}
+"""Counting runs a split network several times, and tables, figures and pages ask for the same networks."""
+
+
 def network_cost(setup: Setup, *, plan: Plan | None = None, width: int | None = None) -> Cost:
-    """Parameters and operations of one forward of one sample, of a network that is split or wider."""
-    problem = setup.problem(width)
-    return cost(problem.model().eval(), plan, sample=problem.sample())
+    """Parameters and operations of one forward of one sample, of a network that is split or wider; counted once."""
+    split = None if plan is None else tuple(sorted(plan.layers.items()))
+    key = (repr(setup.decided), width, split)
+    if key not in _COUNTED:
+        problem = setup.problem(width)
+        _COUNTED[key] = cost(problem.model().eval(), plan, sample=problem.sample())
+    return _COUNTED[key]
 
 
 def as_wide_as(measure: Callable[[Cost], float]) -> Callable[[Setup, ConflictLog], int]:
