@@ -381,7 +381,7 @@ def paper(options: PaperSettings, faults: Faults) -> Answer:
         return _answer(options, data, experiments.overview(data))
     lacking = []
     pages: dict[str, str] = {}
-    drawn: dict[str, str] = {}
+    drawn: dict[str, list[str]] = {}
     for name in options.names:
         setup = experiments.find(name).setup(
             options.scale,
@@ -397,10 +397,9 @@ def paper(options: PaperSettings, faults: Faults) -> Answer:
         seeds = options.seeds or experiments.finished_seeds(name, setup)
         pages[name] = experiments.page(name, setup, seeds)
         if options.figures is not None:
-            picture = experiments.draw(name, setup, seeds, options.figures)
-            if picture is not None:
-                drawn[name] = str(picture)
-                pages[name] += experiments.embedded(name, picture, options.to)
+            pictures = experiments.draw(name, setup, seeds, options.figures)
+            drawn[name] = [str(path) for path in pictures]
+            pages[name] += experiments.embedded(name, pictures, options.to)
     text = "\n\n".join(pages.values())
     if options.to is not None:
         write_text(options.to, text + "\n")

@@ -8,7 +8,7 @@ import pytest
 
 from reconmtl.comparing import Spread
 from reconmtl.errors import RunError
-from reconmtl.paper.drawings import Dot, Panel, Point, dots, lines, save
+from reconmtl.paper.drawings import Dot, Panel, Point, dots, lines, save, stacked
 
 
 def test_dots_hold_ours_and_the_papers_numbers(tmp_path: Path) -> None:
@@ -41,6 +41,17 @@ def test_lines_join_points_and_both_settings_of_the_statistics_share_a_colour(tm
     assert list(map(float, curve.get_xdata())) == [0.1, 0.2] and curve.get_linestyle() == "-"
     assert way.get_color() == shared.get_color() and shared.get_markerfacecolor() == "white"
     assert save(lambda: None, tmp_path, "nothing") is None and not list(tmp_path.iterdir())
+
+
+def test_bars_of_layers_add_up_and_begin_with_the_worst_conflicts() -> None:
+    pytest.importorskip("matplotlib")
+    shares = np.array([[0.5, 0.3, 0.2], [1.0, 0.0, 0.0], [np.nan] * 3])  # of 1 to 0, 0 to -0.1, -0.1 to -1
+    (axes,) = stacked(["a", "b", "c"], shares, (0.0, -0.1)).axes
+    widths = np.array([[bar.get_width() for bar in group] for group in axes.containers])
+    np.testing.assert_allclose(widths, [[20, 0, 0], [30, 0, 0], [50, 100, 0]])
+    assert axes.containers[2][0].get_x() == pytest.approx(50)
+    _, names = axes.get_legend_handles_labels()
+    assert names == ["\u22120.1 to \u22121", "0 to \u22120.1", "1 to 0"]
 
 
 def test_without_matplotlib_the_way_to_install_it_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

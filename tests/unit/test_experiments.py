@@ -56,8 +56,9 @@ def test_every_experiment_runs_on_two_small_batches(name: str, out: Path) -> Non
     assert "Nothing is finished yet" not in page
     assert "|" in page
     if importlib.util.find_spec("matplotlib") is not None:
-        picture = experiments.draw(name, setup, (0,), out / "figures")
-        assert picture is not None and picture.read_bytes()[:4] == b"\x89PNG" and picture.stem == f"mini-{name}"
+        pictures = experiments.draw(name, setup, (0,), out / "figures")
+        assert [p.stem for p in pictures] == [f"mini-{name}", *(["mini-t12-layers"] if name == "t12" else [])]
+        assert all(p.read_bytes()[:4] == b"\x89PNG" for p in pictures)
 
 
 def test_showing_trains_nothing_and_writes_what_was_asked_for(tmp_path: Path) -> None:
@@ -72,9 +73,8 @@ def test_showing_trains_nothing_and_writes_what_was_asked_for(tmp_path: Path) ->
 def test_a_figure_stands_on_the_page_under_its_place_beside_it(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     setup = experiments.find("t7").setup("mini", RUNS)
-    picture = experiments.draw("t7", setup, (0, 1, 2), tmp_path / "figures")
-    assert picture is not None
-    assert experiments.embedded("t7", picture, tmp_path / "page.md").endswith("](figures/mini-t7.png)")
+    pictures = experiments.draw("t7", setup, (0, 1, 2), tmp_path / "figures")
+    assert experiments.embedded("t7", pictures, tmp_path / "page.md").endswith("](figures/mini-t7.png)")
 
 
 def test_showing_refuses_what_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,13 +11,15 @@ from reconmtl.formats import grid
 from reconmtl.nulls import excess
 from reconmtl.paper import drawings, published
 from reconmtl.paper.published import agreement
-from reconmtl.paper.rankings import bootstrap, distances, kendall_tau, quarters, random_distance
+from reconmtl.paper.rankings import bootstrap, distances, kendall_tau, layer_distributions, quarters, random_distance
 from reconmtl.paper.trainings import Setup
 from reconmtl.ranking import Ranking
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+SEVERITIES = (0.0, -0.02, -0.05, -0.1, -0.2)
+"""Edges of the distributions of single layers: the paper's severities, and a severer one."""
 NOTHING = "Nothing is finished yet."
 PASSES = {
     "Joint-train": "joint",
@@ -91,6 +93,18 @@ def draw(rankings: Sequence[Mapping[str, Ranking]], printed: Mapping[tuple[str, 
     ]
     layers = len(next(iter(rankings[0].values())).layers)
     return drawings.dots(rows, f"mean shift of a layer; {random_distance(layers):.1f} between random orders")
+
+
+def draw_layers(setup: Setup, seeds: Sequence[int]) -> Figure | None:
+    """How each layer's gradients conflict over whole trainings, in the order of the ranking."""
+    there = stages_there(setup, seeds)
+    if not there:
+        return None
+    first, *rest = (setup.probe(s, epochs=setup.decided.epochs) for s in there)
+    log = first.merge(rest)
+    shares = layer_distributions(log, edges=SEVERITIES).numpy()
+    order = [log.layers.index(n) for n in log.rank(severity=setup.decided.severity).layers]
+    return drawings.stacked([log.layers[i] for i in order], shares[order], SEVERITIES)
 
 
 def draw_stages(setup: Setup, seeds: Sequence[int]) -> Figure | None:

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from reconmtl.comparing import Spread
 from reconmtl.reporting.figures import (
     COLOURS,
@@ -21,10 +23,12 @@ from reconmtl.reporting.figures import (
     plain_name,
     write_figure,
 )
+from reconmtl.reporting.words import minus
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    import numpy.typing as npt
     from matplotlib.figure import Figure
 
 
@@ -139,6 +143,33 @@ def lines(panels: Sequence[Panel], title: str) -> Figure:
     grid.flat[0].set_ylabel(title)
     handles, labels = grid.flat[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="lower center", bbox_to_anchor=(0.5, 0.92), ncols=3, frameon=False, fontsize=6.5)
+    return figure
+
+
+def stacked(names: Sequence[str], shares: npt.NDArray[np.float64], edges: Sequence[float]) -> Figure:
+    """The distribution of each layer's cosines, a bar per layer from the worst conflicts to none.
+
+    Args:
+        names: Layers, from the top.
+        shares: In each interval between falling edges, [layers, len(edges) + 1]; NaN where nothing was measured.
+        edges: Falling.
+    """
+    figure, axes = new_axes(5.0, 0.8 + 0.13 * len(names))
+    limits = ["1", *(f"{e:g}" for e in edges), "-1"]
+    shown = np.nan_to_num(100 * shares)[:, ::-1]  # the worst first
+    start = np.zeros(len(names))
+    for i in range(shown.shape[1]):
+        depth = 1 - i / max(1, shown.shape[1] - 1)
+        colour = REST if i == shown.shape[1] - 1 else SPLIT
+        label = minus(f"{limits[-2 - i]} to {limits[-1 - i]}")
+        axes.barh(
+            range(len(names)), shown[:, i], left=start, height=0.7, color=colour, alpha=0.25 + 0.7 * depth, label=label
+        )
+        start = start + shown[:, i]
+    name_rows(axes, names, size=6)
+    axes.set_xlim(0, 100)
+    axes.set_xlabel("gradient pairs (%)")
+    axes.legend(ncols=shown.shape[1], frameon=False, fontsize=6, loc="lower center", bbox_to_anchor=(0.5, 1.0))
     return figure
 
 

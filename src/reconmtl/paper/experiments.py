@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -30,6 +31,7 @@ class Experiment:
         recorded: (setup, seeds) -> those of the seeds whose probes are finished.
         show: (setup, seeds) -> Markdown.
         draw: (setup, seeds) -> matplotlib's figure; None if nothing is finished.
+        draw_layers: The same for single layers, where the experiment has them.
     """
 
     title: str
@@ -40,6 +42,7 @@ class Experiment:
     recorded: Callable[[Setup, Sequence[int]], Sequence[int]] | None = None
     show: Callable[[Setup, Sequence[int]], str]
     draw: Callable[[Setup, Sequence[int]], Figure | None]
+    draw_layers: Callable[[Setup, Sequence[int]], Figure | None] | None = None
 
     def setup(
         self,
@@ -190,7 +193,7 @@ EXPERIMENTS: Mapping[str, Experiment] = {
     }, (*controls.TABLE_11, *controls.FAIR_11)),
     "t12": Experiment(title="Do stages of training give the same ranking?", places=MULTIFASHION,
                       probes=distances.of_stages, recorded=distances.stages_there,
-                      show=distances.show_stages, draw=distances.draw_stages),
+                      show=distances.show_stages, draw=distances.draw_stages, draw_layers=distances.draw_layers),
     "t13": Experiment(title="Layers found in different stages of training, CityScapes", places=CITYSCAPES,
                       trainings=tuple(_STAGES.values()), rows=_STAGES,
                       show=lambda setup, seeds: tables.show(setup, _STAGES, "t13", seeds),
@@ -250,23 +253,30 @@ def page(name: str, setup: Setup, seeds: Sequence[int]) -> str:
     return "\n\n".join([f"## {name}: {experiment.title}", told, experiment.show(setup, seeds)])
 
 
-def draw(name: str, setup: Setup, seeds: Sequence[int], folder: Path) -> Path | None:
-    """Write an experiment's figure as PDF and PNG.
+def draw(name: str, setup: Setup, seeds: Sequence[int], folder: Path) -> list[Path]:
+    """Write an experiment's figures as PDF and PNG.
 
     Returns:
-        The PNG; None if nothing is finished that could be drawn.
+        The PNGs; none if nothing is finished that could be drawn.
 
     Raises:
         RunError: If matplotlib is missing, or the folder cannot be written to.
     """
-    return drawings.save(lambda: find(name).draw(setup, seeds), folder, f"{setup.scale}-{name}")
+    experiment = find(name)
+    kinds = {name: experiment.draw, f"{name}-layers": experiment.draw_layers}
+    written = [
+        drawings.save(partial(draw, setup, seeds), folder, f"{setup.scale}-{kind}")
+        for kind, draw in kinds.items()
+        if draw is not None
+    ]
+    return [path for path in written if path is not None]
 
 
-def embedded(name: str, picture: Path, page: Path | None) -> str:
-    """The Markdown that shows a figure on a page, named relative to it."""
+def embedded(name: str, pictures: Sequence[Path], page: Path | None) -> str:
+    """The Markdown that shows figures on a page, named relative to it."""
     folder = Path() if page is None else page.parent
-    place = os.path.relpath(picture, folder)
-    return f"\n\n![{find(name).title}]({Path(place).as_posix()})"
+    places = [Path(os.path.relpath(picture, folder)).as_posix() for picture in pictures]
+    return "".join(f"\n\n![{find(name).title}]({place})" for place in places)
 
 
 def listed() -> list[dict[str, object]]:

@@ -37,8 +37,7 @@ def pages(out: Path, page_file: Path | None = None) -> list[str]:
             if probed or (done and len(done) >= min(ENOUGH, len(experiment.trainings))):
                 text = page(name, setup, seeds)
                 if page_file is not None:
-                    picture = draw(name, setup, seeds, out / "figures")
-                    text += "" if picture is None else embedded(name, picture, page_file)
+                    text += embedded(name, draw(name, setup, seeds, out / "figures"), page_file)
                 left = [t.row for t in experiment.trainings if t not in done]
                 found.append(text + (f"\n\nNot trained yet: {', '.join(left)}." if left else ""))
     return found
