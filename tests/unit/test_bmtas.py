@@ -1,6 +1,5 @@
 """The search for branches: candidates, trees as plans, sizes, and a search that finds what it should."""
 
-import itertools
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +9,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from reconmtl.checkpoints import read_checkpoint
-from reconmtl.errors import LayerMatchError, ProblemError, RunError
+from reconmtl.errors import ProblemError, RunError
 from reconmtl.evaluation import Machine
 from reconmtl.networks import mobilenet_raspp, resnet
-from reconmtl.networks.bmtas import Supernet, Tree, operations, search, to_plan
+from reconmtl.networks.bmtas import Tree, operations, search, to_plan
 from reconmtl.plan import Plan
 from reconmtl.problem import Metric, Problem, Recipe, Task
 from reconmtl.splitting import cost, split
@@ -101,24 +100,6 @@ def test_a_tree_is_a_plan_that_recon_refines() -> None:
     assert all(torch.equal(out[t], expected[t]) for t in "abc")
 
 
-def test_candidates_are_mixed_by_their_weights() -> None:
-    torch.manual_seed(0)
-    model = Chain()
-    net = Supernet(model, model.blocks, TASKS)
-    with torch.no_grad():
-        for p in net.weights_of_network():
-            p.normal_()
-    x = torch.randn(5, 4)
-    weights = torch.rand(3, 2)
-    y = x
-    for block, row in zip(model.blocks, weights, strict=True):
-        options = net.model.get_submodule(block).options
-        y = sum(w * option(y) for w, option in zip(row, options, strict=True))  # type: ignore[assignment,arg-type]
-    for task in TASKS:
-        torch.testing.assert_close(net(x, task, weights), net.model.heads[task](y))  # type: ignore[index,operator]
-    assert next(model.parameters()).grad is None and not any(isinstance(m, Supernet) for m in model.modules())
-
-
 def test_operations_are_those_of_the_blocks() -> None:
     model = resnet.multifashion(width=4)
     found = operations(model, ["layer1.0", "fc"], torch.rand(1, 1, 36, 36))
@@ -202,14 +183,6 @@ def test_tasks_with_data_of_their_own_are_searched_too() -> None:
 
 
 def test_what_cannot_be_searched_is_refused() -> None:
-    model = Chain()
-    with pytest.raises(LayerMatchError, match="Nearest: 'second'"):
-        Supernet(model, ["secnd"], TASKS)
-    for blocks, tasks in itertools.product((["second", "second.1"], [], ["first", "first"]), (TASKS,)):
-        with pytest.raises(ProblemError, match="none inside another"):
-            Supernet(model, blocks, tasks)
-    with pytest.raises(ProblemError, match="at least two tasks"):
-        Supernet(model, ["first"], ["a"])
     with pytest.raises(ProblemError, match=r"pass blocks=\[...\]"):
         search(problem().replace(model=lambda: nn.Sequential(nn.Linear(4, 1))), epochs=1)
     with pytest.raises(ProblemError, match="held-out fifth"):
