@@ -18,3 +18,6 @@ def test_a_row_per_pair_with_distance_tau_and_the_printed_number() -> None:
     # reversed: positions move by 2, 0 and 2, tau is -1; equal: 0 and 1; so mean 0.67 and 0
     assert "0.67" in row and "1.25" in row and "0.00" in row and row.rstrip(" |").endswith("2")
     assert "joint" in PASSES.values()
+    assert [c.strip() for c in row.split("|")][4] == "size"  # 0.67 and 1.25 are within a factor of two
+    far = table([{"one": first, "two": second}], {("two", "one"): 0.5})
+    assert [c.strip() for c in far.splitlines()[2].split("|")][4] == "no"

@@ -72,7 +72,8 @@ def table(rankings: Sequence[Mapping[str, Ranking]], printed: Mapping[tuple[str,
                 f"{later} - {earlier}",
                 Spread.of(values).show(2),
                 "" if paper is None else f"{paper:.2f}",
-                agreement(fmean(values), paper),
+                # distances have no sign
+                {"": "", "sign and size": "size"}.get(agreement(fmean(values), paper), "no"),
                 Spread.of(taus).show(2),
                 str(len(values)),
             ]
