@@ -56,10 +56,10 @@ def network(dtype: torch.dtype = torch.float64) -> Net:
 
 def losses(model: nn.Module, seed: int = 0, tasks: tuple[str, ...] = TASKS) -> dict[str, Tensor]:
     draw = torch.Generator().manual_seed(seed)
-    dtype = next(model.parameters()).dtype
-    x, y = torch.randn(8, 5, generator=draw), torch.randn(8, len(TASKS), 2, generator=draw)
-    out = model(x.to(dtype))
-    return {t: (out[t] - (i + 1) * y[:, i].to(dtype)).pow(2).mean() + 0.1 for i, t in enumerate(TASKS) if t in tasks}
+    like = next(model.parameters())
+    x, y = torch.randn(8, 5, generator=draw).to(like), torch.randn(8, len(TASKS), 2, generator=draw).to(like)
+    out = model(x)
+    return {t: (out[t] - (i + 1) * y[:, i]).pow(2).mean() + 0.1 for i, t in enumerate(TASKS) if t in tasks}
 
 
 def grads(model: nn.Module) -> dict[str, Tensor]:
@@ -449,6 +449,15 @@ def test_training_in_bfloat16_is_near_training_in_single_precision(spec: str) ->
             found = torch.cat([g.flatten() for g in grads(model).values()])
             assert found.dtype == torch.float32
             assert (found - expected).norm() <= 0.02 * expected.norm()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("spec", sorted(BALANCERS))
+def test_an_accelerator_makes_the_same_update(spec: str) -> None:
+    expected = balanced(spec, network())
+    for name, grad in balanced(spec, network().cuda()).items():
+        torch.testing.assert_close(grad.cpu(), expected[name], rtol=1e-6, atol=1e-9)
 
 
 @pytest.mark.parametrize("spec", ["mgda", "cagrad:c=0.4", "pcgrad", "upgrad"])
