@@ -179,6 +179,52 @@ def test_values_that_differ_and_are_kept_in_attributes_are_one_tasks_in_views_an
         assert torch.equal(view(model, t)(X)[t], twins[t](X)[t])
 
 
+@pytest.mark.parametrize("mode", ["branch", "loop"])
+def test_attributes_that_hold_themselves(mode: str) -> None:
+    class Rooted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight, self.tree = nn.Parameter(torch.ones(6)), cast(dict[str, Any], {"calls": 0, "below": []})
+            self.tree["below"].append({"parent": self.tree})
+            self.parent = SimpleNamespace(tree=self.tree)
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.tree["calls"] += 1
+            return cast(Tensor, x * self.weight * self.tree["below"][0]["parent"]["calls"])
+
+    torch.manual_seed(0)
+    net = Headed(nn.Sequential(nn.Linear(6, 6), Rooted()), 6, TASKS)
+    model, twin = split(net, Plan(tasks=TASKS, layers=["trunk.0"]), mode=mode), copy.deepcopy(net)
+    for _ in range(3):
+        out, expected = model(X), twin(X)
+        assert all(torch.equal(out[t], expected[t]) for t in TASKS)
+    assert torch.equal(view(copy.deepcopy(model), "b")(X)["b"], twin(X)["b"])
+
+
+@pytest.mark.parametrize("mode", ["branch", "loop"])
+def test_a_dict_of_modules_and_values_is_kept_or_refused(mode: str) -> None:
+    class Mixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(6, 6)
+            self.all: dict[str, Any] = {"linear": self.linear, "calls": 0}
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.all["calls"] += 1
+            return cast(Tensor, self.all["linear"](x) * self.all["calls"])
+
+    torch.manual_seed(0)
+    net = Headed(nn.Sequential(nn.Linear(6, 6), Mixed()), 6, TASKS)
+    model, twin = split(net, Plan(tasks=TASKS, layers=["trunk.1.linear"]), mode=mode), copy.deepcopy(net)
+    if mode == "loop":
+        with pytest.raises(SplitError, match="writes into 'all', a dict that also holds modules"):
+            model(X)
+        return
+    for _ in range(3):
+        out, expected = model(X), twin(X)
+        assert all(torch.equal(out[t], expected[t]) for t in TASKS)
+
+
 class Leaving(nn.Module):
     """A leaf that leaves its input for its next call, which may be for a group of those tasks."""
 

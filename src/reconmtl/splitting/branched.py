@@ -247,6 +247,8 @@ def combine(results: Sequence[Value], masks: Masks, family: Family, func: Callab
                 "tensor, or use mode='loop'."
             )
         return first
+    if all(r is first for r in results) and union(masks) == family.full:  # also what holds itself
+        return first
     every = [children(r) for r in results]
     if any(
         type(r) is not type(first) or m is None or len(m) != len(members) for r, m in zip(results, every, strict=True)

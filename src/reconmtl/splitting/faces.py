@@ -16,6 +16,7 @@ from reconmtl.errors import SplitError
 from reconmtl.layers import TaskCopies
 from reconmtl.splitting.branched import Branched, combine, pick
 from reconmtl.splitting.groups import Family, Masks, locate
+from reconmtl.splitting.objects import DEPTH
 from reconmtl.splitting.storage import (
     COPIES,
     MANAGED,
@@ -43,6 +44,7 @@ class Face:
     def __init__(self, module: nn.Module, mask: int) -> None:
         self.mask = mask
         self.made: dict[int, tuple[nn.Module, nn.Module, dict[str, Value]]] = {}
+        self.rebound: list[tuple[nn.Module, str, Value, Noted]] = []
         if len(module._modules) <= (COPIES in module._modules):
             self.module = self._one(module)
         else:
@@ -51,7 +53,9 @@ class Face:
             for original, face, d in self.made.values():
                 for key, value in list(d.items()):
                     if key not in MANAGED:
-                        d[key] = _rebind(value, self.made)
+                        d[key] = new = _rebind(value, self.made)
+                        if new is not value and type(new) in (list, dict):
+                            self.rebound.append((original, key, new, Noted(copy.copy(new), {})))
                 face.__dict__.update(d)
                 self.made[id(original)] = (original, face, {**d, "_modules": dict(d["_modules"])})
 
@@ -90,6 +94,12 @@ class Face:
     def changes(self) -> list[tuple[nn.Module, dict[str, Value]]]:
         """What the call assigned to Python attributes; buffers that it replaced are stored where they belong."""
         out = []
+        for original, key, value, before_call in self.rebound:
+            if not before_call.fits(value):
+                raise SplitError(
+                    f"{type(original).__name__} writes into {key!r}, a {type(value).__name__} that also holds modules "
+                    "and exists once for each task while they are called. Keep values in an attribute of their own."
+                )
         for original, face, before in self.made.values():
             after = face.__dict__
             rec = record(original)
@@ -185,8 +195,10 @@ class Collections:
             noted = rec.noted.get(name) if rec is not None else None
             if noted is not None and mask in noted.values and noted.fits(start):
                 fill(v, noted.values[mask])
-            elif self.ends or _holds_branches(start):
+            elif _holds_branches(start):
                 fill(v, pick(start, mask))
+            elif self.ends:
+                fill(v, start)
 
     def end(self) -> None:
         """Note what the call left in them."""
@@ -219,8 +231,10 @@ def _collections(module: nn.Module) -> list[tuple[str, Value]]:
 _KINDS = (list, dict, deque, set, np.ndarray)
 
 
-def _holds_branches(value: Value) -> bool:
-    return type(value) is Branched or any(_holds_branches(v) for v in children(value) or ())
+def _holds_branches(value: Value, depth: int = 0) -> bool:
+    if type(value) is Branched:
+        return True
+    return depth < DEPTH and any(_holds_branches(v, depth + 1) for v in children(value) or ())
 
 
 def _with_records(module: nn.Module) -> set[int]:
@@ -240,15 +254,15 @@ def _with_records(module: nn.Module) -> set[int]:
     return inside
 
 
-def _rebind(value: Value, made: dict[int, tuple[nn.Module, nn.Module, dict[str, Value]]]) -> Value:
+def _rebind(value: Value, made: dict[int, tuple[nn.Module, nn.Module, dict[str, Value]]], depth: int = 0) -> Value:
     """Point references to modules (in attributes, lists, dicts, bound methods) at their faces."""
     if isinstance(value, nn.Module):
         return made[id(value)][1] if id(value) in made else value
-    if type(value) in (list, tuple):
-        new = [_rebind(v, made) for v in value]
+    if type(value) in (list, tuple) and depth < DEPTH:
+        new = [_rebind(v, made, depth + 1) for v in value]
         return value if all(a is b for a, b in zip(new, value, strict=True)) else type(value)(new)
-    if type(value) is dict:
-        items = {k: _rebind(v, made) for k, v in value.items()}
+    if type(value) is dict and depth < DEPTH:
+        items = {k: _rebind(v, made, depth + 1) for k, v in value.items()}
         return value if all(items[k] is v for k, v in value.items()) else items
     if isinstance(value, types.MethodType) and id(value.__self__) in made:
         return types.MethodType(value.__func__, made[id(value.__self__)][1])

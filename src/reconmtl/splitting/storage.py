@@ -401,7 +401,8 @@ def to_plain(model: nn.Module, mask: int) -> None:
     for module in list(model.modules()):
         rec, d = record(module), module.__dict__
         for name in [n for n in d if n not in MANAGED and n not in STANDARD]:
-            d[name] = _settled(d[name], mask)
+            if type(d[name]) is PerTask or any(type(t) is Branched for t in _tensors_in(d[name], 0)):
+                d[name] = _settled(d[name], mask)
         if rec is None:
             continue
         for name, noted in rec.noted.items():
