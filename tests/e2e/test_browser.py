@@ -1,6 +1,7 @@
 """Reports in a real browser: they open fast and quietly, show exact numbers under the pointer, and fit every screen.
 
-Needs playwright (`pip install playwright`) and a Chromium of the system's.
+Needs playwright (`pip install playwright`) and a Chromium of the system's:
+`python -m pytest -m slow tests/e2e/test_browser.py`.
 """
 
 from __future__ import annotations
@@ -72,6 +73,13 @@ def show(chromium: Any, path: Path, *, dark: bool = False, width: int = 1200, to
     shown.page.on("request", lambda r: shown.complaints.append(r.url) if not r.url.startswith("file:") else None)
     shown.page.goto(path.as_uri())
     return shown
+
+
+def fits(page: Any) -> bool:
+    """Whether nothing sticks out, with everything unfolded and nothing cut off at the sides."""
+    page.evaluate("document.querySelectorAll('details').forEach(d => d.open = true)")
+    page.add_style_tag(content="html, body, main, section { overflow-x: visible !important }")
+    return bool(page.evaluate("document.documentElement.scrollWidth <= document.documentElement.clientWidth"))
 
 
 @pytest.fixture(scope="module")
@@ -280,7 +288,17 @@ def test_long_names_fit_a_phone(chromium: Any, tmp_path: Path) -> None:
     path = report(tmp_path / "s", to=tmp_path / "r.html")
     for width in (360, 390, 800):
         shown = show(chromium, path, width=width)
-        assert shown.page.evaluate("document.documentElement.scrollWidth") <= width
         seen = shown.page.locator("#plan .layer .name:visible").all_inner_texts()
         assert len(set(seen)) == 12 + 1  # shortened names still differ; the last line is the heads'
-    assert shown.complaints == []
+        assert shown.complaints == []
+        assert fits(shown.page)
+
+
+@pytest.mark.parametrize("width", [320, 360, 390])
+def test_nothing_sticks_out_of_a_phone(chromium: Any, width: int, two: Path, forty: Path, tmp_path: Path) -> None:
+    for study in (two, forty):
+        page = show(chromium, report(study, to=tmp_path / "r.html"), width=width, touch=True).page
+        assert fits(page)
+    page.evaluate("document.querySelector('#plan').append(Object.assign(document.createElement('i'), {id: 'wide'}))")
+    page.add_style_tag(content=f"#wide {{ display: block; width: {width + 24}px; height: 5px }}")
+    assert not fits(page)  # it would be seen
