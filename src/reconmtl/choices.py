@@ -350,7 +350,13 @@ def _faults(settings: Settings) -> list[str]:
         faults += check_seeds(settings.seeds)
     for name in settings.loggers:
         faults += _message(partial(find_logger, name))
-    return faults + _message(lambda: Machine(accelerator=settings.accelerator, precision=settings.precision).fabric())
+    try:
+        machine = Machine(
+            accelerator=settings.accelerator, precision=settings.precision, sync_batchnorm=settings.sync_batchnorm
+        )
+    except ReconError as error:
+        return [*faults, str(error)]
+    return faults + machine.faults(settings.devices)
 
 
 def _more_faults(decided: Decided, problem: Problem) -> list[str]:

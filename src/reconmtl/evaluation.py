@@ -121,6 +121,23 @@ class Machine:
                 f"accelerator = {self.accelerator!r}, precision = {self.precision!r} cannot be used: {error}"
             ) from error
 
+    def faults(self, processes: int | None = None) -> list[str]:
+        """What cannot be used here, as sentences.
+
+        Args:
+            processes: How many will train together; None: as many as have been started.
+        """
+        try:
+            device = self.fabric().device
+        except ProblemError as error:
+            return [str(error)]
+        if self.sync_batchnorm and (processes or started()) > 1 and device.type == "cpu":
+            return [
+                "sync_batchnorm: PyTorch's SyncBatchNorm does not work on CPUs. Leave it out, and each process "
+                "normalises its own share of the batch; or use GroupNorm, which does not depend on the batch."
+            ]
+        return []
+
 
 def evaluate(problem: Problem, model: nn.Module, data: Sets, *, machine: Machine | None = None) -> Values:
     """Judge a model on a whole data set.

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from reconmtl.architectures import Way
 from reconmtl.balance import Balancer
-from reconmtl.batches import sets_of
+from reconmtl.batches import move, sets_of
 from reconmtl.buffers import undisturbed
 from reconmtl.checkpoints import Checkpoint, read_checkpoint, restore_model, save_checkpoint
 from reconmtl.conflicts import ConflictLog
@@ -118,6 +118,24 @@ def train(job: Job) -> Trained:
         return _Training(job).run()
 
 
+def network(job: Job, *, synchronised: torch.device | None = None) -> nn.Module:
+    """The network that a job trains, before the first step; drawn from the global random state.
+
+    Args:
+        job: Whose problem and plan it is.
+        synchronised: Make its BatchNorms share their batch statistics between processes, on this device. This comes
+            before the split, so that the copies of a split layer are of the same kind.
+    """
+    model, sample = job.problem.model(), job.problem.sample() if job.plan is not None else None
+    if synchronised is not None:
+        # Already on the sample that the split looks at they talk to the others, which they do on accelerators only.
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model).to(synchronised)
+        sample = move(sample, synchronised)
+    if job.plan is None:
+        return model
+    return split(model, job.plan, init=job.init, norm_stats=job.norm_stats, sample=sample)
+
+
 class _Training:
     """The state of one training; `_state` and `_restore` hold all of it that cannot be built again from the task."""
 
@@ -141,15 +159,8 @@ class _Training:
                 f"The training set has {self.sampler.longest} samples, fewer than one batch of "
                 f"{self.sampler.together}: lower batch_size or pass drop_last=False."
             )
-        model = problem.model()
-        if machine.sync_batchnorm and self.ranks.size > 1:
-            if self.fabric.device.type == "cpu":
-                raise ProblemError(
-                    "sync_batchnorm: PyTorch's SyncBatchNorm does not work on CPUs; use GroupNorm there."
-                )
-            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-        if job.plan is not None:
-            model = split(model, job.plan, init=job.init, norm_stats=job.norm_stats, sample=problem.sample())
+        together = machine.sync_batchnorm and self.ranks.size > 1
+        model = network(job, synchronised=self.fabric.device if together else None)
         self.model = self.fabric.to_device(model)
         self.forward = Forward(problem, self.model)
         torch.manual_seed(job.seed)  # drawing the weights of one network more or less must not move dropout

@@ -111,7 +111,7 @@ def probe(
         record=every,
         overhead=overhead,
         null=null,
-        machine=machine or Machine(),
+        machine=_usable(machine),
         description=f"probe seed {seed}",
         stop=epochs,
     )
@@ -225,12 +225,19 @@ def fit(
     """
     problem = _overridden(problem, recipe_overrides)
     _check_arguments(problem, method, plan, balancer, record, seeds, norm_stats, init)
-    machine = machine or Machine()
+    machine = _usable(machine)
     told = Loggers(loggers if machine.ranks().rank == 0 else ())
     chosen = way(method, balancer)
     asked = _Asked(chosen.change(problem), method, chosen, plan, int(record), norm_stats, init, machine, told)
     folder = None if out is None else Path(out)
     return [_fit_seed(asked, seed, folder, resume, overwrite) for seed in seeds]
+
+
+def _usable(machine: Machine | None) -> Machine:
+    machine = machine or Machine()
+    if faults := machine.faults():
+        raise ProblemError("\n".join(faults))
+    return machine
 
 
 def _check_arguments(

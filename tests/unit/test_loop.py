@@ -8,6 +8,7 @@ import re
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,8 +17,10 @@ import torch
 from torch import Tensor, nn
 
 import reconmtl as rm
+from commandline import QUICK, caller
 from reconmtl.checkpoints import read_checkpoint
-from reconmtl.errors import Interrupted, RunError
+from reconmtl.errors import Interrupted, ProblemError, RunError
+from reconmtl.loop import Job, network
 from reconmtl.recording import Recorder
 
 TASKS = ("a", "b")
@@ -357,3 +360,51 @@ def test_a_loss_that_is_not_finite_stops_within_a_long_epoch_and_nothing_of_it_i
     assert len(seen) < 4 * 100
     state = read_checkpoint(tmp_path / "seed0" / "last.ckpt").training
     assert state is not None and state["state"]["sampler"]["step"] == 7
+
+
+# BatchNorm over several processes. ------------------------------------------------------------------------------------
+
+
+def _job(**options: Any) -> Job:
+    machine = rm.Machine(accelerator="cpu")
+    return Job(problem=_problem(), seed=0, record=0, machine=machine, description="", **options)
+
+
+@pytest.mark.parametrize("plan", [None, rm.Plan(tasks=TASKS, layers=["norm", "second"])])
+def test_synchronised_networks_are_converted_before_they_are_split(plan: rm.Plan | None) -> None:
+    networks = []
+    for synchronised in (None, torch.device("cpu")):
+        torch.manual_seed(3)
+        networks.append(network(_job(plan=plan), synchronised=synchronised))
+    plain, synced = networks
+    norms = [m for m in synced.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    assert norms and all(isinstance(m, nn.SyncBatchNorm) for m in norms)
+    assert not any(isinstance(m, nn.SyncBatchNorm) for m in plain.modules())
+    assert {n: t.shape for n, t in plain.state_dict().items()} == {n: t.shape for n, t in synced.state_dict().items()}
+    x = torch.randn(5, 4)
+    for model in networks:
+        model.eval()
+    with torch.no_grad():
+        for task, output in plain(x).items():
+            assert torch.equal(output, synced(x)[task])
+
+
+def test_synchronised_statistics_on_cpus_are_refused_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    machine = rm.Machine(accelerator="cpu", sync_batchnorm=True)
+    assert machine.faults() == []  # one process has nothing to share
+    assert ["SyncBatchNorm does not work on CPUs" in text for text in machine.faults(2)] == [True]
+    with monkeypatch.context() as patch:
+        patch.setattr("reconmtl.evaluation.started", lambda: 2)
+        patch.setattr("reconmtl.evaluation._fabric", lambda *_: SimpleNamespace(device=torch.device("cpu")))
+        for train in (lambda: rm.fit(_problem(), out=tmp_path / "out", machine=machine),
+                      lambda: rm.probe(_problem(), epochs=1, out=tmp_path / "out", machine=machine)):  # fmt: skip
+            with pytest.raises(ProblemError, match="does not work on CPUs"):
+                train()
+    say = caller(tmp_path, monkeypatch, capsys)
+    words = ("fit", "planted", "--devices", "2", "--sync-batchnorm", "--accelerator", "cpu", "--lr", "-1")
+    said = say(*words, "--out", "out")
+    assert said.code == 2 and not (tmp_path / "out").exists()
+    assert "does not work on CPUs. Leave it out" in said.err and "lr = -1" in said.err
+    assert say("fit", *QUICK[:3], "--sync-batchnorm", "--accelerator", "cpu", "--out", "out").code == 0
