@@ -65,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         with _speaking():
             code = _dispatch(words)
-            sys.stdout.flush()  # here, where a reader that has gone is no error
+            _print("")  # here, where a reader that has gone is no error
         return code
     except ReconError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -78,8 +78,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except SystemExit as done:  # the parser's way out, after it has said why
         return done.code if isinstance(done.code, int) else EXIT_BAD_INPUT
     except BrokenPipeError:  # whoever reads us has seen enough, `head` say
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the last flush fails again
+        _mute()
         return 0
+    except _Unprinted as error:
+        _mute()
+        print(
+            f"error: The result cannot be printed: {error}. What was to be written to files is there.", file=sys.stderr
+        )
+        return EXIT_BAD_INPUT
     except Exception as error:  # a user's code may raise anything, and we may be wrong
         from reconmtl.workers import sentence
 
@@ -112,7 +118,7 @@ def _dispatch(words: list[str]) -> int:
         print(f"reconmtl {__version__}")
         return 0
     if first in ("--help", "-h", "help"):
-        print(overview())
+        _print(f"{overview()}\n")
         return 0
     if first is None:
         print(overview(), file=sys.stderr)
@@ -124,8 +130,26 @@ def _dispatch(words: list[str]) -> int:
         return _torchrun(options, faults, words)
     with redirect_stdout(sys.stderr):  # what a user's code prints must not get into the result
         code, text = COMMANDS[first].act(options, faults)
-    print(text)
+    _print(f"{text}\n")
     return code
+
+
+class _Unprinted(Exception):
+    """stdout takes nothing more; its disk is full, say."""
+
+
+def _print(text: str) -> None:
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise _Unprinted(error.strerror or str(error)) from None
+
+
+def _mute() -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the last flush fails again
 
 
 def _torchrun(options: Any, faults: Sequence[str], words: Sequence[str]) -> int:  # noqa: ANN401 any command's

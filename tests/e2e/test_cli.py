@@ -194,6 +194,37 @@ def test_a_reader_that_has_seen_enough_is_no_error(tmp_path: Path) -> None:
     assert (tmp_path / "errors").read_text() == ""
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no full disk")
+@pytest.mark.parametrize("words", [("ls",), ("--help",)])
+def test_a_result_that_cannot_be_printed_is_a_sentence(words: tuple[str, ...], tmp_path: Path) -> None:
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "reconmtl", *words],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            cwd=tmp_path,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: The result cannot be printed: No space left on device.")
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_folders_and_files_that_cannot_be_made_are_a_sentence(say: Say) -> None:
+    Path("file").touch()
+    words = (*QUICK[:3], "--accelerator", "cpu", "--seeds", "0", "--out")
+    for arguments in (("run", *words), ("fit", *words), ("probe", *words), ("sweep", "--problems", *words)):
+        said = say(*arguments, "file/x")
+        assert said.code == 2 and said.out == "" and said.err.startswith("error: Cannot make the folder file/x: ")
+        assert len(said.err.splitlines()) == 1
+    assert say("probe", *words, "p", "--quiet").code == 0
+    for written in (("rank", "p", "--top", "1", "-o", "file/x.json"), ("report", "p", "--to", "file/x.html")):
+        said = say(*written)
+        assert said.code == 2 and said.out == "" and said.err.startswith("error: Cannot write file/x.")
+
+
 def test_your_own_problem_from_a_file(say: Say) -> None:
     Path("mine.py").write_text(
         "from reconmtl.problems import planted\ndef make():\n    return planted.make().replace(name='mine')\n"
