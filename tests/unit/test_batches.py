@@ -122,7 +122,7 @@ def test_rows_are_taken_from_outputs_of_any_structure() -> None:
     for leaf in (picked["x"][0], picked["x"][1][0], picked["x"][1][1].box, picked["x"][1][1].label):
         assert leaf.tolist() == [[4, 5], [0, 1]]
     assert select({"x": "anything"}, None) == {"x": "anything"}
-    with pytest.raises(ProblemError, match="output that holds str"):
+    with pytest.raises(ProblemError, match="output or target that holds str"):
         select({"x": "anything"}, at)
 
 
