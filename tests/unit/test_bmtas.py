@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from blocks import TASKS, Chain
 from reconmtl.checkpoints import read_checkpoint
 from reconmtl.errors import ProblemError, RunError
 from reconmtl.evaluation import Machine
@@ -16,24 +17,6 @@ from reconmtl.networks.bmtas import Tree, operations, search, to_plan
 from reconmtl.plan import Plan
 from reconmtl.problem import Metric, Problem, Recipe, Task
 from reconmtl.splitting import cost, split
-
-TASKS = ("a", "b")
-
-
-class Chain(nn.Module):
-    """Three blocks and a head per task."""
-
-    blocks = ("first", "second", "third")
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.second = nn.Linear(4, 6), nn.Sequential(nn.ReLU(), nn.Linear(6, 6))
-        self.third = nn.Sequential(nn.ReLU(), nn.Linear(6, 6))
-        self.heads = nn.ModuleDict({t: nn.Linear(6, 1) for t in TASKS})
-
-    def forward(self, x: Tensor) -> dict[str, Tensor]:
-        y = self.third(self.second(self.first(x)))
-        return {t: head(y) for t, head in self.heads.items()}
 
 
 class Numbers:

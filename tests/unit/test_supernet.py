@@ -2,28 +2,10 @@ import itertools
 
 import pytest
 import torch
-from torch import Tensor, nn
 
+from blocks import TASKS, Chain
 from reconmtl.errors import LayerMatchError, ProblemError
 from reconmtl.networks.supernet import Supernet
-
-TASKS = ("a", "b")
-
-
-class Chain(nn.Module):
-    """Three blocks and a head per task."""
-
-    blocks = ("first", "second", "third")
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.second = nn.Linear(4, 6), nn.Sequential(nn.ReLU(), nn.Linear(6, 6))
-        self.third = nn.Sequential(nn.ReLU(), nn.Linear(6, 6))
-        self.heads = nn.ModuleDict({t: nn.Linear(6, 1) for t in TASKS})
-
-    def forward(self, x: Tensor) -> dict[str, Tensor]:
-        y = self.third(self.second(self.first(x)))
-        return {t: head(y) for t, head in self.heads.items()}
 
 
 def test_candidates_are_mixed_by_their_weights() -> None:
