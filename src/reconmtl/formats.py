@@ -44,7 +44,7 @@ def readable(value: float, *, digits: int | None = None, size: float | None = No
         return f"{value:{'+' if sign else ''}.3e}"
     if digits is None:
         digits = max(2, 3 - math.floor(math.log10(size))) if 0 < size < math.inf else 2
-    return f"{value:{'+' if sign else ''}.{digits}f}"
+    return f"{value:{'+' if sign else ''}z.{digits}f}"  # z: no negative zero
 
 
 def grid(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -7,7 +7,7 @@ import math
 from hypothesis import given
 from hypothesis import strategies as st
 
-from reconmtl.formats import LATEX, csv_text, escape, grid, latex
+from reconmtl.formats import LATEX, csv_text, escape, grid, latex, readable
 
 
 @given(st.lists(st.lists(st.text("ab|± Δ", max_size=6), min_size=3, max_size=3), max_size=4))
@@ -43,3 +43,7 @@ def test_latex_has_no_character_left_that_means_something() -> None:
         r"\bottomrule",
         r"\end{tabular}",
     ]
+
+
+def test_what_rounds_to_zero_has_no_minus() -> None:
+    assert [readable(x, digits=2, sign=True) for x in (-0.004, 0.004, -0.006)] == ["+0.00", "+0.00", "-0.01"]
