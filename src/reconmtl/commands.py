@@ -64,8 +64,8 @@ def ls(options: LsSettings, faults: Faults) -> Answer:
     for name, about in READY.items():
         presets = find_problem(name)[1]
         data.append({"name": name, "about": about, "presets": {n: asdict(p) for n, p in presets.items()}})
-        lines.append(f"{name:14}{about}")
-        lines += [f"{'':14}--preset {n}: {_scale(p)}" for n, p in presets.items()]
+        lines.append(f"{name:15} {about}")
+        lines += [f"{'':16}--preset {n}: {_scale(p)}" for n, p in presets.items()]
     return _answer(options, data, "\n".join(lines))
 
 

@@ -294,7 +294,7 @@ def overview(found: Sequence[Mapping[str, object]]) -> str:
     for e in found:
         scales = e["scales"]
         assert isinstance(scales, list)
-        lines.append(f"{e['name']:10}{e['title']} ({', '.join(scales)})")
+        lines.append(f"{e['name']:15} {e['title']} ({', '.join(scales)})")
     return "\n".join(lines)
 
 
