@@ -65,15 +65,6 @@ def save_checkpoint(path: Path, model: nn.Module, about: Mapping[str, object], *
     write_bytes(path, lambda temporary: save_file(tensors, temporary, metadata=text))
 
 
-def load_checkpoint(path: Path) -> dict[str, Tensor]:
-    """Read the network's tensors.
-
-    Raises:
-        RunError: If the file is missing or damaged; it is named.
-    """
-    return read_checkpoint(path).model
-
-
 def read_checkpoint(path: Path) -> Checkpoint:
     """Read everything that a checkpoint holds; nothing in it is run.
 

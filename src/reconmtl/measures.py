@@ -11,10 +11,3 @@ def accuracy(output: Tensor, target: Tensor) -> Tensor:
 def classification_error(output: Tensor, target: Tensor) -> Tensor:
     """Per sample, 0 where the largest logit is the target's, else 100: its mean is the error in percent. [N]."""
     return 100 - accuracy(output, target)
-
-
-def absolute_error(output: Tensor, target: Tensor) -> Tensor:
-    """Absolute error per sample, averaged over whatever numbers a sample has. [N]."""
-    return (
-        (output - target.reshape(output.shape)).abs().flatten(1).mean(1) if output.ndim > 1 else (output - target).abs()
-    )

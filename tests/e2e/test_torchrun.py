@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import reconmtl as rm
-from reconmtl.checkpoints import load_checkpoint
+from reconmtl.checkpoints import read_checkpoint
 
 TASKS = ("a", "b", "c")
 BATCH = 8
@@ -103,7 +103,7 @@ def test_two_processes_equal_one_with_the_doubled_batch(tmp_path: Path, capsys: 
     _work(tmp_path / "one", 2 * BATCH)
     for name in METHODS:
         two, one = (tmp_path / n / name / "seed0" for n in ("two", "one"))
-        mine, theirs = load_checkpoint(two / "last.ckpt"), load_checkpoint(one / "last.ckpt")
+        mine, theirs = read_checkpoint(two / "last.ckpt").model, read_checkpoint(one / "last.ckpt").model
         assert mine.keys() == theirs.keys()
         worst = max(float((mine[k] - v).abs().max()) for k, v in theirs.items())
         with capsys.disabled():

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from reconmtl.checkpoints import load_checkpoint, pack, read_checkpoint, restore_model, save_checkpoint, unpack
+from reconmtl.checkpoints import pack, read_checkpoint, restore_model, save_checkpoint, unpack
 from reconmtl.errors import RunError
 
 tensors = st.sampled_from([torch.float32, torch.float64, torch.int64, torch.uint8, torch.bool]).flatmap(
@@ -56,7 +56,7 @@ def test_a_network_and_its_training_come_back(tmp_path: Path) -> None:
     found = read_checkpoint(path)
     assert found.about == {"seed": 1}
     assert found.training["state"]["step"] == 3
-    assert set(load_checkpoint(path)) == set(model.state_dict())
+    assert set(read_checkpoint(path).model) == set(model.state_dict())
     restore_model(other, found, path)
     assert torch.equal(other.get_buffer("hidden"), torch.ones(2))
     assert all(torch.equal(v, other.state_dict()[k]) for k, v in model.state_dict().items())

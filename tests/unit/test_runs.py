@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from reconmtl import runs
-from reconmtl.checkpoints import load_checkpoint, save_checkpoint
+from reconmtl.checkpoints import read_checkpoint, save_checkpoint
 from reconmtl.conflicts import ConflictLog
 from reconmtl.errors import ReconError, RunError
 from reconmtl.files import write_json
@@ -201,7 +201,7 @@ def test_a_checkpoint_comes_back_bit_for_bit(tmp_path: Path) -> None:
     model = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
     model.add_module("tied", model[0])
     save_checkpoint(tmp_path / "last.ckpt", model, {"label": "joint"})
-    loaded = load_checkpoint(tmp_path / "last.ckpt")
+    loaded = read_checkpoint(tmp_path / "last.ckpt").model
     state = model.state_dict()
     assert loaded.keys() == state.keys()
     for name, value in state.items():
@@ -214,7 +214,7 @@ def test_a_damaged_checkpoint_is_named(tmp_path: Path, content: bytes | None) ->
     if content is not None:
         path.write_bytes(content)
     with pytest.raises(RunError, match=r"last\.ckpt cannot be read as a checkpoint: "):
-        load_checkpoint(path)
+        read_checkpoint(path)
 
 
 @pytest.mark.skipif(shutil.which("git") is None, reason="no git")

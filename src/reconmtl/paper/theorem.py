@@ -22,6 +22,9 @@ from reconmtl.layers import find_layers
 Losses = Callable[[Any], Mapping[str, Tensor]]
 """Outputs of the model -> {task: loss}."""
 
+ROUNDING = 1e-6
+"""Relative difference of two lengths that single precision cannot tell from none."""
+
 
 @dataclass(frozen=True)
 class Premise:
@@ -41,8 +44,8 @@ class Premise:
 
     @property
     def holds(self) -> bool:
-        """Whether the strict inequality holds."""
-        return self.left < self.right
+        """Whether the strict inequality holds, by more than rounding: equal gradients are at its border."""
+        return self.right - self.left > ROUNDING * self.right
 
 
 @dataclass(frozen=True)
