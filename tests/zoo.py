@@ -3,6 +3,7 @@
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, make_dataclass
+from fnmatch import fnmatchcase
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -11,7 +12,9 @@ from torch.nn import functional as F
 from torch.nn.utils.parametrizations import orthogonal, spectral_norm, weight_norm
 from torch.utils.checkpoint import checkpoint
 
+from reconmtl.layers import find_layers
 from reconmtl.networks import mobilenet_raspp, mtan, resnet, segnet
+from reconmtl.splitting.structure import transform
 
 TASKS = ("a", "b", "c")
 Make = Callable[[Sequence[str]], nn.Module]
@@ -724,9 +727,39 @@ LIBRARY: dict[str, Net] = {
 }
 """The library's own dense networks, thin; too large for what runs over the whole zoo every time."""
 
+NETS = {**ZOO, **LIBRARY}
+
 
 def build(name: str, tasks: Sequence[str] = TASKS) -> nn.Module:
     """One of them, with weights of its own seed."""
     with torch.random.fork_rng():
-        torch.manual_seed([*ZOO, *LIBRARY].index(name))
-        return {**ZOO, **LIBRARY}[name].make(tasks)
+        torch.manual_seed([*NETS].index(name))
+        return NETS[name].make(tasks)
+
+
+def shared_layers(name: str, model: nn.Module) -> list[list[str]]:
+    """Sets of layers that can be split: each alone, tied ones together."""
+    net = NETS[name]
+    names = [x.name for x in find_layers(model) if not any(fnmatchcase(x.name, s) for s in net.single)]
+    alone = [[n] for n in names if n not in net.together]
+    return [*alone, list(net.together)] if net.together else alone
+
+
+def sample(name: str) -> Any:
+    """A network's inputs in double precision, as `split(sample=...)` takes them: by name where any has one."""
+    net = NETS[name]
+    args = transform(net.inputs(), lambda t: t.double() if t.is_floating_point() else t)
+    keywords = transform(net.keywords(), lambda t: t.double() if t.is_floating_point() else t)
+    if not keywords:
+        return args
+    first = {"attending": "x", "padded": "x", "keywords": "parts"}[name]
+    return {first: args[0], **keywords}
+
+
+def without_dropout(model: nn.Module) -> nn.Module:
+    for m in model.modules():
+        if isinstance(m, nn.modules.dropout._DropoutNd):
+            m.p = 0.0
+        if isinstance(m, (nn.RNNBase, nn.MultiheadAttention)):
+            m.dropout = 0.0
+    return model

@@ -59,6 +59,7 @@ class Decided:
     norm_stats: Literal["per-task", "shared"] = "per-task"
     init: Literal["copy", "fresh"] = "copy"
     precision: str = "32-true"
+    compile: bool = False
     processes: int = 1
     sync_batchnorm: bool = False
     max_batches: int | None = None
@@ -227,6 +228,7 @@ def _fill(
         norm_stats=settings.norm_stats,
         init=_first(settings.init, preset.init if preset else "copy"),
         precision=settings.precision,
+        compile=settings.compile,
         processes=started(),
         sync_batchnorm=settings.sync_batchnorm,
         max_batches=None,
@@ -352,7 +354,10 @@ def _faults(settings: Settings) -> list[str]:
         faults += _message(partial(find_logger, name))
     try:
         machine = Machine(
-            accelerator=settings.accelerator, precision=settings.precision, sync_batchnorm=settings.sync_batchnorm
+            accelerator=settings.accelerator,
+            precision=settings.precision,
+            compile=settings.compile,
+            sync_batchnorm=settings.sync_batchnorm,
         )
     except ReconError as error:
         return [*faults, str(error)]

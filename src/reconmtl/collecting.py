@@ -143,7 +143,7 @@ def _trained(run: Run) -> dict[str, str]:
     """What has to agree before numbers may be averaged as those of one method."""
     recipe, machine = run.config.get("recipe"), run.config.get("machine")
     values = {"method": run.method, "network": run.network, **(recipe if isinstance(recipe, dict) else {})}
-    for name in ("precision", "processes"):
+    for name in ("precision", "compile", "processes"):
         values[name] = machine.get(name) if isinstance(machine, dict) else None
     if run.plan is not None:
         chosen = run.plan.chosen

@@ -356,6 +356,7 @@ def report(options: ReportSettings, faults: Faults) -> Answer:
 
 def paper(options: PaperSettings, faults: Faults) -> Answer:
     """Repeat tables and figures of the paper."""
+    from reconmtl.evaluation import Machine
     from reconmtl.files import write_text
     from reconmtl.paper import experiments
     from reconmtl.reporting.figures import check_matplotlib
@@ -387,8 +388,7 @@ def paper(options: PaperSettings, faults: Faults) -> Answer:
             options.scale,
             options.out,
             smoke=options.fast_dev_run,
-            accelerator=options.accelerator,
-            precision=options.precision,
+            where=Machine(accelerator=options.accelerator, precision=options.precision, compile=options.compile),
         )
         if options.action == "run":
             tell = _say_nothing if options.quiet else print  # goes to stderr while a command works

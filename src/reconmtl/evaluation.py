@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from reconmtl.batches import Sets, check_outputs, select, sets_of
+from reconmtl.compiled import BACKEND, compile_faults
 from reconmtl.errors import ProblemError, nearest
 from reconmtl.forward import Forward
 from reconmtl.interruptions import leave_if_asked
@@ -60,6 +61,8 @@ class Machine:
         accelerator: "auto", "cpu", "cuda" ...: as Lightning Fabric names them.
         precision: "32-true" (or "32") or "bf16-mixed", as Lightning Fabric names them.
         max_batches: Only so many batches per epoch and evaluation: a smoke test, not a result.
+        compile: Train under torch.compile; a string names its backend, True is "inductor". Probes, balancers and
+            recorded trainings look into the graph of operations and run as they are, and so do evaluations.
         devices: Processes of one device each; more than one are started by `torchrun --nproc-per-node=N`, and then
             this need not be given. The batch size is that of each of them.
         sync_batchnorm: Let the processes' BatchNorms share their batch statistics (not on CPUs). Otherwise each
@@ -71,6 +74,7 @@ class Machine:
     accelerator: str = "auto"
     precision: str = "32-true"
     max_batches: int | None = None
+    compile: bool | str = False
     devices: int | None = None
     sync_batchnorm: bool = False
     checkpoint_steps: int | None = None
@@ -84,6 +88,8 @@ class Machine:
                 f"{nearest(str(self.precision), PRECISIONS)}"
             )
 
+        if not isinstance(self.compile, (bool, str)) or self.compile == "":
+            raise ProblemError(f"compile = {self.compile!r}: expected True, False, or a backend of torch.compile.")
         if self.devices not in (None, started()):
             raise ProblemError(
                 f"devices = {self.devices!r}: this program runs in {started()} process(es). Start it with "
@@ -94,9 +100,16 @@ class Machine:
             if value is not None and (not isinstance(value, (int, float)) or isinstance(value, bool) or value <= 0):
                 raise ProblemError(f"{name} = {value!r}: expected a positive number, or None.")
 
+    @property
+    def backend(self) -> str | None:
+        """Of torch.compile; None without it."""
+        return (BACKEND if self.compile is True else self.compile) or None
+
     def identity(self) -> dict[str, object]:
         """What of it a result depends on."""
         found: dict[str, object] = {"precision": self.precision, "max_batches": self.max_batches}
+        if self.backend is not None:
+            found["compile"] = self.backend
         if started() > 1:
             found |= {"processes": started(), "sync_batchnorm": self.sync_batchnorm}
         return found
@@ -131,12 +144,13 @@ class Machine:
             device = self.fabric().device
         except ProblemError as error:
             return [str(error)]
+        found = [] if self.backend is None else compile_faults(self.backend, device)
         if self.sync_batchnorm and (processes or started()) > 1 and device.type == "cpu":
-            return [
+            found.append(
                 "sync_batchnorm: PyTorch's SyncBatchNorm does not work on CPUs. Leave it out, and each process "
                 "normalises its own share of the batch; or use GroupNorm, which does not depend on the batch."
-            ]
-        return []
+            )
+        return found
 
 
 def evaluate(problem: Problem, model: nn.Module, data: Sets, *, machine: Machine | None = None) -> Values:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from reconmtl.batches import ALL, Sets, Targets, call, sets_of
+from reconmtl.compiled import Compiled
 from reconmtl.problem import Problem
 from reconmtl.randomness import random_states, set_random_states
 from reconmtl.splitting import view
@@ -24,22 +25,32 @@ class Forward:
     Args:
         problem: Whose losses are computed.
         model: The network, split or not, on the device where it stays.
+        backend: Of torch.compile, under which the network runs in training; None runs it as it is.
     """
 
-    def __init__(self, problem: Problem, model: nn.Module) -> None:
+    def __init__(self, problem: Problem, model: nn.Module, backend: str | None = None) -> None:
         self.problem = problem
         self.model = model
+        self.backend = backend
         self._views: dict[str, nn.Module] = {}
+        self._compiled: dict[nn.Module, Compiled] = {}
 
     def __call__(self, own: str, inputs: Any) -> Any:  # noqa: ANN401 whatever the model takes and returns
         """Outputs {task: output}; for a task's own data only that task's is sure to be there."""
         if own == ALL or record(self.model) is None:  # unsplit: all tasks are computed, and one of them is taken
-            return call(self.model, inputs)
+            return self._call(self.model, inputs)
         if own not in self._views:
             self._views[own] = view(self.model, own)
         if self._views[own].training != self.model.training:
             self._views[own].train(self.model.training)
-        return call(self._views[own], inputs)
+        return self._call(self._views[own], inputs)
+
+    def _call(self, network: nn.Module, inputs: Any) -> Any:  # noqa: ANN401 whatever the model takes and returns
+        if self.backend is None or not network.training or not torch.is_grad_enabled():
+            return call(network, inputs)
+        if network not in self._compiled:
+            self._compiled[network] = Compiled(network, self.problem.task_names, self.backend)
+        return self._compiled[network](inputs)
 
     def losses(self, batches: Batches) -> dict[str, Tensor]:
         """Weighted loss of each task that the batches have targets for, in the order of the tasks."""

@@ -71,6 +71,7 @@ def do(job: Job) -> None:
         accelerator=job.accelerator,
         precision=decided.precision,
         max_batches=decided.max_batches,
+        compile=decided.compile,
         sync_batchnorm=decided.sync_batchnorm,
     )
     if job.method == "probe":

@@ -162,7 +162,6 @@ class _Training:
         together = machine.sync_batchnorm and self.ranks.size > 1
         model = network(job, synchronised=self.fabric.device if together else None)
         self.model = self.fabric.to_device(model)
-        self.forward = Forward(problem, self.model)
         torch.manual_seed(job.seed)  # drawing the weights of one network more or less must not move dropout
         if self.ranks.rank:
             reseed((job.seed + 7919 * self.ranks.rank) % 2**32)  # or all processes would drop the same units
@@ -183,6 +182,8 @@ class _Training:
                 group=dist.group.WORLD if self.ranks.size > 1 else False,
                 balancer=self.balancer,
             )
+        # What measures the tasks' gradients looks into the graph of operations, which compilation hides.
+        self.forward = Forward(problem, self.model, machine.backend if self.probe is None else None)
         self.replicas = None
         if self.ranks.size > 1 and self.probe is None:
             assert dist.group.WORLD is not None  # Fabric has made it

@@ -140,6 +140,8 @@ class MachineOptions:
     """auto, cpu, cuda ..."""
     precision: str = "32-true"
     """32-true (or 32) or bf16-mixed."""
+    compile: Flag = False
+    """Train under torch.compile, but for what records or balances the tasks' gradients."""
     fast_dev_run: Flag = False
     """Two small batches of everything, to see that all of it runs; the numbers mean nothing."""
 
@@ -470,6 +472,8 @@ class PaperOptions:
     """auto, cpu, cuda ..."""
     precision: str = "32-true"
     """32-true (or 32) or bf16-mixed; the latter's runs have a folder of their own."""
+    compile: Flag = False
+    """Train under torch.compile, but for what records or balances the tasks' gradients; in a folder of its own."""
     fast_dev_run: Flag = False
     """Two small batches of everything, to see that all of it runs; the numbers mean nothing."""
     out: Annotated[Path, tyro.conf.arg(metavar="DIR")] = Path("results/paper")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
@@ -45,7 +46,7 @@ ABSENT: dict[str, Any] = {
         "param_groups": None,
         "drop_last": True,
     },
-    "machine": {"precision": "32-true", "max_batches": None, "processes": 1, "sync_batchnorm": False},
+    "machine": {"precision": "32-true", "max_batches": None, "compile": None, "processes": 1, "sync_batchnorm": False},
 }
 """What the training of a folder did whose `config.json` lacks an option, because it is older than the option."""
 
@@ -226,6 +227,11 @@ def fit(
     problem = _overridden(problem, recipe_overrides)
     _check_arguments(problem, method, plan, balancer, record, seeds, norm_stats, init)
     machine = _usable(machine)
+    if machine.backend is not None and record:
+        text = (
+            "A training that records runs as it is, without torch.compile; record=0 (--record 0) lets it be compiled."
+        )
+        warnings.warn(text, RuntimeWarning, stacklevel=2)
     told = Loggers(loggers if machine.ranks().rank == 0 else ())
     chosen = way(method, balancer)
     asked = _Asked(chosen.change(problem), method, chosen, plan, int(record), norm_stats, init, machine, told)

@@ -15,9 +15,7 @@ from reconmtl.plan import Plan
 from reconmtl.probing import Engine, Probe
 from reconmtl.splitting import split
 from reconmtl.splitting.structure import tensors, transform
-from zoo import LIBRARY, TASKS, ZOO
-
-NETS = {**ZOO, **LIBRARY}
+from zoo import LIBRARY, NETS, TASKS, ZOO
 
 
 def _losses(outputs: Any) -> dict[str, Tensor]:

@@ -25,8 +25,8 @@ def test_every_setting_is_an_option_of_the_command() -> None:
     line = """file.py:make --preset paper --out runs/x --methods joint recon --tasks a b --seeds 3 4 --epochs 2
         --batch-size 8 --lr 0.5 --width 4 --network mtan --data full
         --root d --pretrained w.pth --probe-epochs 1 --severity -0.2 --k 3 --record 0
-        --norm-stats shared --init fresh --jobs 2 --accelerator cpu --precision bf16-mixed --resume --overwrite
-        --fast-dev-run --devices 2 --sync-batchnorm --progress never --quiet --json
+        --norm-stats shared --init fresh --jobs 2 --accelerator cpu --precision bf16-mixed --compile --resume
+        --overwrite --fast-dev-run --devices 2 --sync-batchnorm --progress never --quiet --json
         --loggers tensorboard mine.py:Mine"""
     settings = parse(*line.split())
     expected = Settings(
@@ -53,6 +53,7 @@ def test_every_setting_is_an_option_of_the_command() -> None:
         jobs=2,
         accelerator="cpu",
         precision="bf16-mixed",
+        compile=True,
         resume=True,
         overwrite=True,
         fast_dev_run=True,

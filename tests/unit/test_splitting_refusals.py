@@ -501,6 +501,10 @@ def test_models_that_are_no_plain_modules_are_refused() -> None:
         split(lazy, plan("trunk"))
     lazy(X)
     split(lazy, plan("trunk"), sample=X)
+    loaded = Headed(nn.LazyLinear(6), 6, TASKS)
+    loaded.load_state_dict(lazy.state_dict())
+    with pytest.raises(SplitError, match="has its shapes"):
+        split(loaded, plan("trunk"))
     net = Headed(nn.Linear(6, 6), 6, TASKS)
     with pytest.raises(SplitError, match="DataParallel"):
         split(nn.DataParallel(net), plan("trunk"))

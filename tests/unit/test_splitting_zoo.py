@@ -1,28 +1,16 @@
 import copy
 import random
-from fnmatch import fnmatchcase
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from reconmtl.layers import find_layers
 from reconmtl.plan import Plan
 from reconmtl.splitting import saved_plan, split, verify, view
 from reconmtl.splitting.outputs import get_task, is_keyed
 from reconmtl.splitting.structure import tensors, transform
-from zoo import LIBRARY, TASKS, ZOO, build
-
-NETS = {**ZOO, **LIBRARY}
-
-
-def shared_layers(name: str, model: nn.Module) -> list[list[str]]:
-    """Sets of layers that can be split: each alone, tied ones together."""
-    net = NETS[name]
-    names = [x.name for x in find_layers(model) if not any(fnmatchcase(x.name, s) for s in net.single)]
-    alone = [[n] for n in names if n not in net.together]
-    return [*alone, list(net.together)] if net.together else alone
+from zoo import LIBRARY, NETS, TASKS, ZOO, build, sample, shared_layers, without_dropout
 
 
 def call(model: nn.Module, name: str, dtype: torch.dtype = torch.float64) -> Any:
@@ -33,28 +21,8 @@ def call(model: nn.Module, name: str, dtype: torch.dtype = torch.float64) -> Any
     return model(*transform(net.inputs(), cast), **transform(net.keywords(), cast))
 
 
-def sample(name: str) -> Any:
-    """The network's inputs as `split(sample=...)` takes them, as keyword arguments where there are any."""
-    net = NETS[name]
-    args = transform(net.inputs(), lambda t: t.double() if t.is_floating_point() else t)
-    keywords = transform(net.keywords(), lambda t: t.double() if t.is_floating_point() else t)
-    if not keywords:
-        return args
-    first = {"attending": "x", "padded": "x", "keywords": "parts"}[name]
-    return {first: args[0], **keywords}
-
-
 class Quiet(nn.Module):
     """Passes everything on: gives networks with *args, **kwargs an argument of a name."""
-
-
-def without_dropout(model: nn.Module) -> nn.Module:
-    for m in model.modules():
-        if isinstance(m, nn.modules.dropout._DropoutNd):
-            m.p = 0.0
-        if isinstance(m, (nn.RNNBase, nn.MultiheadAttention)):
-            m.dropout = 0.0
-    return model
 
 
 def same(a: Any, b: Any) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from reconmtl.errors import UnknownNameError
+from reconmtl.evaluation import Machine
 from reconmtl.paper import controls
 from reconmtl.paper.trainings import Setup, Training, run_all
 
@@ -36,6 +37,6 @@ def test_a_problem_without_that_scale_is_refused() -> None:
 def test_a_smoke_test_takes_few_tasks_and_another_precision_has_a_folder_of_its_own(tmp_path: Path) -> None:
     setup = Setup.of("celeba", "mini", tmp_path, smoke=True)
     assert len(setup.decided.tasks) == 4 == len(setup.problem().task_names)
-    other = Setup.of("planted", "mini", tmp_path, precision="bf16-mixed")
+    other = Setup.of("planted", "mini", tmp_path, where=Machine(precision="bf16-mixed"))
     assert other.machine().precision == "bf16-mixed" and other.folder.name == "mini-planted-bf16-mixed"
-    assert Setup.of("planted", "mini", tmp_path, precision="32").folder.name == "mini-planted"
+    assert Setup.of("planted", "mini", tmp_path, where=Machine(precision="32")).folder.name == "mini-planted"

@@ -4,7 +4,7 @@ Reference: Ma et al., Modeling Task Relationships in Multi-task Learning with Mu
 """
 
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -65,8 +65,9 @@ def mmoe(make: Callable[[], nn.Module], sample: Tensor, *, experts: int = 2) -> 
         experts: How many.
     """
     model = MMoE(make, experts=experts)
-    for gate in model.gates.values():
-        cast(nn.LazyLinear, gate).initialize_parameters(sample.flatten(2).mean(2) if sample.ndim > 2 else sample)
+    with torch.no_grad():
+        for gate in model.gates.values():
+            gate(sample.flatten(2).mean(2) if sample.ndim > 2 else sample)  # with this it is an nn.Linear
     return model
 
 

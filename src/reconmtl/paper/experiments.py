@@ -11,6 +11,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from reconmtl.errors import UnknownNameError, nearest
+from reconmtl.evaluation import Machine
 from reconmtl.paper import budgets, conflicts, controls, distances, drawings, iterations, tables
 from reconmtl.paper.trainings import PRESETS, Place, Scale, Setup, Training, run_all
 
@@ -44,15 +45,7 @@ class Experiment:
     draw: Callable[[Setup, Sequence[int]], Figure | None]
     draw_layers: Callable[[Setup, Sequence[int]], Figure | None] | None = None
 
-    def setup(
-        self,
-        scale: Scale,
-        out: Path,
-        *,
-        smoke: bool = False,
-        accelerator: str = "auto",
-        precision: str = "32-true",
-    ) -> Setup:
+    def setup(self, scale: Scale, out: Path, *, smoke: bool = False, where: Machine | None = None) -> Setup:
         """Where it runs.
 
         Raises:
@@ -60,7 +53,7 @@ class Experiment:
         """
         if scale not in self.places:
             raise UnknownNameError(f"There is no scale {scale!r} here. {nearest(scale, self.places)}")
-        return self.places[scale].setup(scale, out, smoke=smoke, accelerator=accelerator, precision=precision)
+        return self.places[scale].setup(scale, out, smoke=smoke, where=where)
 
     def run(
         self, setup: Setup, seeds: Sequence[int], tell: Callable[[str], None] = print

@@ -46,14 +46,14 @@ class Setup:
         folder: Of the probes and trainings.
         scale: Which of the problem's presets it is.
         smoke: Two small batches of everything.
-        accelerator: As Lightning Fabric names them.
+        where: Accelerator, precision and compilation.
     """
 
     decided: Decided
     folder: Path
     scale: Scale = "mini"
     smoke: bool = False
-    accelerator: str = "auto"
+    where: Machine = field(default_factory=Machine)
 
     @classmethod
     def of(
@@ -63,8 +63,7 @@ class Setup:
         out: Path,
         *,
         smoke: bool = False,
-        accelerator: str = "auto",
-        precision: str = "32-true",
+        where: Machine | None = None,
         epochs: int | None = None,
         network: str | None = None,
         tasks: tuple[str, ...] | None = None,
@@ -78,12 +77,15 @@ class Setup:
         presets = PRESETS[problem]
         if scale not in presets:
             raise UnknownNameError(f"{problem} has no scale {scale!r}. {nearest(scale, presets)}")
+        where = where or Machine()
+        precision = "32-true" if where.precision == "32" else where.precision
         settings = Settings(
             problem=problem,
             preset=presets[scale],
             fast_dev_run=smoke,
-            accelerator=accelerator,
-            precision="32-true" if precision == "32" else precision,
+            accelerator=where.accelerator,
+            precision=precision,
+            compile=where.backend is not None,
             epochs=epochs,
             network=network,
             tasks=tasks,
@@ -91,12 +93,13 @@ class Setup:
         )
         parts = [scale, problem, *([network] if network else []), *(tasks or [])]
         parts += [f"width-{width}"] if width else []
-        parts += [] if precision in ("32", "32-true") else [precision]
+        parts += [] if precision == "32-true" else [precision]
+        parts += ["compiled"] if where.backend is not None else []
         name = "-".join([*parts, *([f"{epochs}-epochs"] if epochs else [])])
         decided = decide(settings)
         if smoke and len(decided.tasks) > SMOKE_TASKS:
             decided = decide(replace(settings, tasks=decided.tasks[:SMOKE_TASKS]))
-        return cls(decided=decided, folder=out / name, scale=scale, smoke=smoke, accelerator=accelerator)
+        return cls(decided=decided, folder=out / name, scale=scale, smoke=smoke, where=where)
 
     def problem(self, width: int | None = None, **options: object) -> Problem:
         """The problem, with a network of another width if one is given, or with other options."""
@@ -105,9 +108,7 @@ class Setup:
 
     def machine(self) -> Machine:
         """Where it runs."""
-        return Machine(
-            accelerator=self.accelerator, precision=self.decided.precision, max_batches=self.decided.max_batches
-        )
+        return replace(self.where, precision=self.decided.precision, max_batches=self.decided.max_batches)
 
     def probe(
         self, seed: int, *, method: str = "joint", balancer: str = "joint", epochs: int | None = None
@@ -153,26 +154,9 @@ class Place:
     network: str | None = None
     tasks: tuple[str, ...] | None = None
 
-    def setup(
-        self,
-        scale: Scale,
-        out: Path,
-        *,
-        smoke: bool = False,
-        accelerator: str = "auto",
-        precision: str = "32-true",
-    ) -> Setup:
+    def setup(self, scale: Scale, out: Path, *, smoke: bool = False, where: Machine | None = None) -> Setup:
         """The problem as the experiment needs it."""
-        return Setup.of(
-            self.problem,
-            scale,
-            out,
-            smoke=smoke,
-            accelerator=accelerator,
-            precision=precision,
-            network=self.network,
-            tasks=self.tasks,
-        )
+        return Setup.of(self.problem, scale, out, smoke=smoke, where=where, network=self.network, tasks=self.tasks)
 
 
 Choice = Callable[[Setup, ConflictLog, int], Plan]

@@ -51,6 +51,11 @@ def check_model(model: object, plan: object) -> None:
         lazy += [n for n, b in module.named_buffers(recurse=False) if nn.parameter.is_lazy(b)]
         if lazy:
             raise SplitError(f"{shown} is lazy: {lazy} have no shape yet. Call the model once, then split it.")
+        if isinstance(module, nn.modules.lazy.LazyModuleMixin) and "_initialize_hook" in vars(module):
+            raise SplitError(
+                f"{shown} is lazy: it has its shapes, but would become {module.cls_to_become} only when it is called. "
+                "Call the model once, then split it."
+            )
 
 
 def is_sharded(module: nn.Module) -> bool:
