@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from statistics import fmean
 from typing import TYPE_CHECKING
 
 from reconmtl.comparing import Spread
 from reconmtl.conflicts import distribution, share_below
 from reconmtl.formats import grid
+from reconmtl.paper.answers import Claim
 from reconmtl.paper.controls import random_layers, random_parameters
 from reconmtl.paper.published import CUTS, JOINT, agreement, distributions, reduction
 from reconmtl.paper.tables import finished, rows
@@ -44,16 +44,46 @@ def draw(setup: Setup, of: Mapping[str, Training], seeds: Sequence[int]) -> Figu
     return None if found is None else draw_cosines(found)
 
 
-def show(setup: Setup, of: Mapping[str, Training], table: str, seeds: Sequence[int]) -> str:
-    """Markdown: shares of cosines per interval and their reduction, ours with the paper's in brackets."""
-    printed = {d.method: d for d in distributions(table)}
-    edges, cut = printed[JOINT].edges, CUTS[table]
-    logs: dict[str, list[tuple[int, list[float], float]]] = {}
+def tails(
+    setup: Setup, of: Mapping[str, Training], table: str, seeds: Sequence[int]
+) -> dict[str, list[tuple[int, list[float], float]]]:
+    """Row -> per seed: percent of cosines per interval, and below the table's cut."""
+    edges, cut = next(d.edges for d in distributions(table) if d.method == JOINT), CUTS[table]
+    found: dict[str, list[tuple[int, list[float], float]]] = {}
     for run in finished(setup, of, seeds):
         if run.log is not None:
             whole = run.log.whole()
             shares = (100 * distribution(whole, edges=edges)).tolist()
-            logs.setdefault(run.label, []).append((run.seed, shares, 100 * share_below(whole, cut)))
+            found.setdefault(run.label, []).append((run.seed, shares, 100 * share_below(whole, cut)))
+    return found
+
+
+def reductions(logs: Mapping[str, Sequence[tuple[int, list[float], float]]]) -> dict[str, Spread]:
+    """Row -> percent fewer severe conflicts than in joint training, over the seeds that have both."""
+    base = {seed: tail for seed, _, tail in logs.get(JOINT, [])}
+    each = {
+        label: [reduction(base[s], tail) for s, _, tail in of if base.get(s)]
+        for label, of in logs.items()
+        if label != JOINT
+    }
+    return {label: Spread.of(values) for label, values in each.items() if values}
+
+
+def claims(setup: Setup, of: Mapping[str, Training], table: str, seeds: Sequence[int]) -> list[Claim]:
+    """The paper's reductions of conflicts beside ours."""
+    printed = {d.method: d.reduction for d in distributions(table)}
+    return [
+        Claim(f"reduction below {CUTS[table]:g}, {label} (%)", ours, paper)
+        for label, ours in reductions(tails(setup, of, table, seeds)).items()
+        if (paper := printed.get(label)) is not None
+    ]
+
+
+def show(setup: Setup, of: Mapping[str, Training], table: str, seeds: Sequence[int]) -> str:
+    """Markdown: shares of cosines per interval and their reduction, ours with the paper's in brackets."""
+    printed = {d.method: d for d in distributions(table)}
+    edges, cut = printed[JOINT].edges, CUTS[table]
+    logs = tails(setup, of, table, seeds)
     if not logs:
         return "Nothing is finished yet."
     limits = [1.0, *edges, -1.0]
@@ -67,13 +97,13 @@ def show(setup: Setup, of: Mapping[str, Training], table: str, seeds: Sequence[i
         cells.append(line)
     line = [f"Reduction below {cut:g} (%)"]
     agrees = ["agrees"]
-    base = {seed: tail for seed, _, tail in logs.get(JOINT, [])}
-    for label, found in logs.items():
-        gains = [reduction(base[s], tail) for s, _, tail in found if base.get(s)] if label != JOINT else []
-        told = f"{fmean(gains):.1f}" if gains else "-"
+    fewer = reductions(logs)
+    for label in logs:
+        gain = fewer.get(label)
+        told = "-" if gain is None else gain.show(1)
         paper = printed[label].reduction if label in printed else None
         line.append(told if paper is None else f"{told} ({paper:g})")
-        agrees.append(agreement(fmean(gains) if gains else None, paper))
+        agrees.append(agreement(None if gain is None else gain.mean, paper))
     cells += [line, agrees]
     cells.append(["n", *(str(len(found)) for found in logs.values())])
     return grid(titles, cells) + "\n\nPercent of gradient pairs; the paper's in brackets, of one training each."

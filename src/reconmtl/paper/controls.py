@@ -16,7 +16,7 @@ from reconmtl.comparing import Comparison, Row, Spread, compare
 from reconmtl.conflicts import ConflictLog
 from reconmtl.formats import grid, readable
 from reconmtl.paper import drawings
-from reconmtl.paper.published import agreement, load
+from reconmtl.paper.answers import Answered
 from reconmtl.paper.trainings import Choice, Setup, Training
 from reconmtl.plan import Plan
 from reconmtl.runs import Run
@@ -369,69 +369,13 @@ def draw_choices(setup: Setup, seeds: Sequence[int]) -> Figure | None:
     )
 
 
-def beside(found: Sequence[Priced], published: Mapping[str, str]) -> list[list[str]]:
-    """Rows of a table: points of accuracy less than Recon's, ours and the paper's mean over its seeds and balancers.
-
-    Args:
-        found: Our rows.
-        published: See `show_selections`.
-    """
-    printed = load(published["table"]).dicts()
-    means = {p.row.label: {task: s.mean for (task, _), s in p.row.metrics.items()} for p in found}
-    base = means.get(published["Recon"])
-    cells = []
-    for selection, label in published.items():
-        if selection in ("table", "Recon") or base is None or label not in means:
-            continue
-        line = [f"{selection}: {label}"]
-        for task, value in means[label].items():
-            paper = fmean(float(row[f"{task} drop"]) for row in printed if row["selection"] == selection)
-            drop = base[task] - value
-            line += [f"{drop:+.2f}", f"{paper:+.2f}", agreement(drop, paper)]
-        cells.append(line)
-    return cells
-
-
-def show_selections(
-    setup: Setup, published: Mapping[str, str], trainings: Sequence[Training], seeds: Sequence[int]
-) -> str:
-    """Tables 7 and 11: drops against Recon, faithful and fair.
-
-    Args:
-        setup: Where the runs are.
-        published: The paper's selection -> our training's name; and "table" -> the table's name.
-        trainings: All of them.
-        seeds: To show.
-    """
-    printed = load(published["table"]).dicts()
-    _, found = priced(setup, trainings, seeds)
-    cells = beside(found, published)
-    titles = [
-        "paper's: ours",
-        *(f"{task} {what}" for task in ("digit", "fashion") for what in ("PD", "paper's", "agrees")),
-    ]
-    lines = [
-        show(setup, trainings, seeds),
-        *([grid(titles, cells)] if cells else []),
-        "The paper's rows (PD: points of accuracy less than Recon's):",
-        grid(
-            ["paper's selection", "ours", "balancer", "seed", "digit", "PD", "fashion", "PD", "MB"],
-            [
-                [
-                    row["selection"],
-                    published.get(row["selection"], ""),
-                    row["balancer"],
-                    row["seed"],
-                    row["digit acc"],
-                    row["digit drop"],
-                    row["fashion acc"],
-                    row["fashion drop"],
-                    row["megabytes"],
-                ]
-                for row in printed
-            ],
-        ),
-        "The published network also loses the second task's skip connection in RSL and RSP of seeds 0 and 1 and in the "
-        "last 25 layers; that is not repeated here.",
-    ]
-    return "\n\n".join(lines)
+def answered(setup: Setup, seeds: Sequence[int]) -> dict[str, Answered]:
+    """The central question's rows; each tested against Recon's at the same setting of the statistics."""
+    found: dict[str, Answered] = {}
+    for norm_stats in ("per-task", "shared"):
+        of = [t for t in CENTRAL if t.norm_stats == norm_stats]
+        for p in priced(setup, of, seeds)[1]:
+            if p.row.delta_m is not None:
+                test = None if p.row.paired is None else p.row.paired.p_flip
+                found.setdefault(p.row.label, Answered(p.row.delta_m, p.megabytes, test))
+    return found

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from statistics import fmean
 from typing import TYPE_CHECKING
 
 from reconmtl.comparing import Spread
 from reconmtl.formats import grid
 from reconmtl.nulls import excess
 from reconmtl.paper import drawings, published
-from reconmtl.paper.published import agreement
+from reconmtl.paper.answers import Claim
 from reconmtl.paper.rankings import bootstrap, distances, kendall_tau, layer_distributions, quarters, random_distance
 from reconmtl.paper.trainings import Setup
 from reconmtl.ranking import Ranking
@@ -53,6 +52,31 @@ def methods_there(setup: Setup, seeds: Sequence[int]) -> list[int]:
     return [s for s in seeds if all(setup.probed(s, balancer=b) for b in PASSES.values())]
 
 
+def shifts(rankings: Sequence[Mapping[str, Ranking]]) -> dict[tuple[str, str], Spread]:
+    """(later, earlier) -> distance of the two rankings over seeds (Eq. 22)."""
+    each = [distances(of) for of in rankings]
+    return {pair: Spread.of([d[pair] for d in each if pair in d]) for pair in each[0]} if each else {}
+
+
+def claims(rankings: Sequence[Mapping[str, Ranking]], printed: Mapping[tuple[str, str], float]) -> list[Claim]:
+    """The paper's distances beside ours."""
+    return [
+        Claim(f"distance, {later} - {earlier}", ours, printed[later, earlier], signed=False)
+        for (later, earlier), ours in shifts(rankings).items()
+        if (later, earlier) in printed
+    ]
+
+
+def claims_of_stages(setup: Setup, seeds: Sequence[int]) -> list[Claim]:
+    """Table 12 beside ours."""
+    return claims([of_stages(setup, s) for s in stages_there(setup, seeds)], published.distances("t12"))
+
+
+def claims_of_methods(setup: Setup, seeds: Sequence[int]) -> list[Claim]:
+    """Table 14 beside ours."""
+    return claims([of_methods(setup, s) for s in methods_there(setup, seeds)], published.distances("t14"))
+
+
 def table(rankings: Sequence[Mapping[str, Ranking]], printed: Mapping[tuple[str, str], float]) -> str:
     """Distances between pairs of rankings over seeds, beside the paper's.
 
@@ -60,22 +84,20 @@ def table(rankings: Sequence[Mapping[str, Ranking]], printed: Mapping[tuple[str,
         rankings: One mapping per seed, name -> ranking.
         printed: The paper's.
     """
-    each = [distances(of) for of in rankings]
+    agrees = {c.what: c.agrees for c in claims(rankings, printed)}
     cells = []
-    for pair in each[0]:
-        values = [d[pair] for d in each if pair in d]
+    for pair, ours in shifts(rankings).items():
         later, earlier = pair
         taus = [kendall_tau(of[later].layers, of[earlier].layers) for of in rankings if later in of and earlier in of]
         paper = printed.get(pair)
         cells.append(
             [
                 f"{later} - {earlier}",
-                Spread.of(values).show(2),
+                ours.show(2),
                 "" if paper is None else f"{paper:.2f}",
-                # distances have no sign
-                {"": "", "sign and size": "size"}.get(agreement(fmean(values), paper), "no"),
+                agrees.get(f"distance, {later} - {earlier}", ""),
                 Spread.of(taus).show(2),
-                str(len(values)),
+                str(ours.n),
             ]
         )
     layers = len(next(iter(rankings[0].values())).layers)
@@ -87,11 +109,7 @@ def table(rankings: Sequence[Mapping[str, Ranking]], printed: Mapping[tuple[str,
 
 def draw(rankings: Sequence[Mapping[str, Ranking]], printed: Mapping[tuple[str, str], float]) -> Figure:
     """The distances of `table`, and the paper's."""
-    each = [distances(of) for of in rankings]
-    rows = [
-        drawings.Dot(f"{b} - {a}", Spread.of([d[b, a] for d in each if (b, a) in d]), printed.get((b, a)))
-        for b, a in each[0]
-    ]
+    rows = [drawings.Dot(f"{b} - {a}", ours, printed.get((b, a))) for (b, a), ours in shifts(rankings).items()]
     layers = len(next(iter(rankings[0].values())).layers)
     return drawings.dots(rows, f"mean shift of a layer; {random_distance(layers):.1f} between random orders")
 

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from reconmtl.errors import UnknownNameError, nearest
 from reconmtl.evaluation import Machine
-from reconmtl.paper import budgets, conflicts, controls, distances, drawings, iterations, tables
+from reconmtl.paper import budgets, conflicts, controls, distances, drawings, iterations, selections, tables
+from reconmtl.paper.answers import Claim
 from reconmtl.paper.trainings import PRESETS, Place, Scale, Setup, Training, run_all
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ class Experiment:
         show: (setup, seeds) -> Markdown.
         draw: (setup, seeds) -> matplotlib's figure; None if nothing is finished.
         draw_layers: The same for single layers, where the experiment has them.
+        claims: The paper's numbers beside ours, of an experiment that has some of its own.
     """
 
     title: str
@@ -44,6 +46,7 @@ class Experiment:
     show: Callable[[Setup, Sequence[int]], str]
     draw: Callable[[Setup, Sequence[int]], Figure | None]
     draw_layers: Callable[[Setup, Sequence[int]], Figure | None] | None = None
+    claims: Callable[[Setup, Sequence[int]], Sequence[Claim]] | None = None
 
     def setup(self, scale: Scale, out: Path, *, smoke: bool = False, where: Machine | None = None) -> Setup:
         """Where it runs.
@@ -107,6 +110,7 @@ def _results(
         rows=of,
         show=lambda setup, seeds: tables.show(setup, of, table, seeds),
         draw=lambda setup, seeds: tables.draw(setup, of, table, seeds),
+        claims=lambda setup, seeds: tables.claims(setup, of, table, seeds),
     )
 
 
@@ -121,6 +125,7 @@ def _distribution(
         trainings=tuple(of.values()),
         show=lambda setup, seeds: conflicts.show(setup, of, table, seeds),
         draw=lambda setup, seeds: conflicts.draw(setup, of, seeds),
+        claims=None if before else lambda setup, seeds: conflicts.claims(setup, of, table, seeds),
     )
 
 
@@ -131,8 +136,9 @@ def _selection(table: str, title: str, ours: Mapping[str, str], faithful: Sequen
         title=title,
         places=MULTIFASHION,
         trainings=of,
-        show=lambda setup, seeds: controls.show_selections(setup, names, of, seeds),
+        show=lambda setup, seeds: selections.show(setup, names, of, seeds),
         draw=lambda setup, seeds: controls.draw(setup, {}, of, seeds),
+        claims=lambda setup, seeds: selections.claims(setup, names, of, seeds),
     )
 
 
@@ -186,14 +192,16 @@ EXPERIMENTS: Mapping[str, Experiment] = {
     }, (*controls.TABLE_11, *controls.FAIR_11)),
     "t12": Experiment(title="Do stages of training give the same ranking?", places=MULTIFASHION,
                       probes=distances.of_stages, recorded=distances.stages_there,
-                      show=distances.show_stages, draw=distances.draw_stages, draw_layers=distances.draw_layers),
+                      show=distances.show_stages, draw=distances.draw_stages, draw_layers=distances.draw_layers,
+                      claims=distances.claims_of_stages),
     "t13": Experiment(title="Layers found in different stages of training, CityScapes", places=CITYSCAPES,
                       trainings=tuple(_STAGES.values()), rows=_STAGES,
                       show=lambda setup, seeds: tables.show(setup, _STAGES, "t13", seeds),
-                      draw=lambda setup, seeds: tables.draw(setup, _STAGES, "t13", seeds)),
+                      draw=lambda setup, seeds: tables.draw(setup, _STAGES, "t13", seeds),
+                      claims=lambda setup, seeds: tables.claims(setup, _STAGES, "t13", seeds)),
     "t14": Experiment(title="Do methods give the same ranking?", places=MULTIFASHION,
                       probes=distances.of_methods, recorded=distances.methods_there,
-                      show=distances.show_methods, draw=distances.draw_methods),
+                      show=distances.show_methods, draw=distances.draw_methods, claims=distances.claims_of_methods),
     "t15": _results("t15", "NYUv2 on SegNet; Recon* takes the layers found on CityScapes", NYUV2_SEGNET, cagrad=0.4,
                     elsewhere=CITYSCAPES),
     "t16": _results("t16", "CityScapes on MTAN; Recon* takes the layers found on NYUv2", CITYSCAPES_MTAN, cagrad=0.2,

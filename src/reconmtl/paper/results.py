@@ -9,8 +9,10 @@ import sys
 from pathlib import Path
 
 from reconmtl.files import write_text
+from reconmtl.paper.answers import answer, disagreements
+from reconmtl.paper.controls import answered
 from reconmtl.paper.experiments import EXPERIMENTS, draw, embedded, finished_seeds, page
-from reconmtl.paper.trainings import SCALES
+from reconmtl.paper.trainings import SCALES, Scale
 
 ENOUGH = 3
 """An experiment with fewer finished rows says nothing yet."""
@@ -43,6 +45,26 @@ def pages(out: Path, page_file: Path | None = None) -> list[str]:
     return found
 
 
+def findings(out: Path, scale: Scale) -> list[str]:
+    """What the runs of a scale say: the central question's answer, and the numbers in which ours differ."""
+    told, claims = [], {}
+    for name, experiment in EXPERIMENTS.items():
+        place = experiment.places.get(scale)
+        if place is None or not any(out.glob(f"{scale}-{place.problem}*")):
+            continue
+        setup = experiment.setup(scale, out)
+        seeds = finished_seeds(name, setup)
+        if name == "controls" and (text := answer(answered(setup, seeds))):
+            told.append(f"## Does it matter which layers are split? The answer at scale {scale}\n\n{text}")
+        if name.startswith("t") and experiment.claims is not None:
+            claims[name] = experiment.claims(setup, seeds)
+    if text := disagreements(claims):
+        head = f"## Where these results and the paper's disagree, at scale {scale}"
+        also = "What disagrees within the paper itself is in [its numbers recomputed](paper.md)."
+        told.append("\n\n".join([head, also, text]))
+    return told
+
+
 def document(out: Path, page_file: Path | None = None) -> str:
     """The whole page; see `pages`."""
     head = [
@@ -53,7 +75,8 @@ def document(out: Path, page_file: Path | None = None) -> str:
         "prints its part of this page, `--figures DIR` draws it. Scale mini is a tenth of the data and a sixtieth of "
         "the parameters: signs may carry over to the paper's scale, sizes do not.",
     ]
-    return "\n\n".join([*head, *pages(out, page_file), ""])
+    said = [text for scale in SCALES for text in findings(out, scale)]
+    return "\n\n".join([*head, *said, *pages(out, page_file), ""])
 
 
 def main() -> None:

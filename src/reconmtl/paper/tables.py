@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from reconmtl.architectures import ARCHITECTURES
-from reconmtl.comparing import Comparison, Row, compare
+from reconmtl.comparing import Comparison, Row, Spread, compare
 from reconmtl.conflicts import ConflictLog
 from reconmtl.errors import ReconError
 from reconmtl.formats import grid
 from reconmtl.paper import drawings
+from reconmtl.paper.answers import Claim
 from reconmtl.paper.controls import half, recon
 from reconmtl.paper.published import SINGLE, agreement, results
 from reconmtl.paper.rankings import QUARTERS, overlap, quarters, transferred
@@ -150,6 +152,22 @@ def beside(comparison: Comparison, table: str) -> list[Beside]:
         return of[label] - of[base] if base != label and base in of and label in of else None
 
     return [Beside(r, printed.get(r.label), gain(ours, r.label), gain(printed, r.label)) for r in comparison.rows]
+
+
+def claims(setup: Setup, of: Mapping[str, Training], table: str, seeds: Sequence[int]) -> list[Claim]:
+    """The paper's delta-m and gains by Recon beside ours."""
+    runs = finished(setup, of, seeds)
+    try:
+        found = beside(compare(runs), table) if runs else []
+    except ReconError:
+        return []
+    told = []
+    for b in found:
+        if b.row.delta_m is not None and b.printed is not None:
+            told.append(Claim(f"Δm of {b.row.label}", b.row.delta_m, b.printed))
+        if b.gain is not None and b.printed_gain is not None:
+            told.append(Claim(f"gain in Δm, {b.row.label}", Spread(b.gain, math.nan, len(b.row.seeds)), b.printed_gain))
+    return told
 
 
 def draw(setup: Setup, of: Mapping[str, Training], table: str, seeds: Sequence[int]) -> Figure | None:
