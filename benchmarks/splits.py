@@ -45,15 +45,6 @@ def kind(error: ReconError) -> str:
     return next((text for pattern, text in KINDS.items() if re.search(pattern, str(error))), str(error)[:200])
 
 
-def without_dropout(model: nn.Module) -> nn.Module:
-    for m in model.modules():
-        if isinstance(m, nn.modules.dropout._DropoutNd):
-            m.p = 0.0
-        if isinstance(m, (nn.RNNBase, nn.MultiheadAttention)):
-            m.dropout = 0.0
-    return model
-
-
 def double(value: Value) -> Value:
     return transform(value, lambda t: t.double() if t.is_floating_point() else t)
 
@@ -95,7 +86,7 @@ def zoo() -> list[tuple[str, nn.Module, dict[str, Any], tuple[str, ...], float]]
         args, kwargs = double(entry.inputs()), double(entry.keywords())
         first = {"keywords": "parts"}.get(name, "x")
         sample = {"args": args, "kwargs": kwargs, "named": {first: args[0] if args else None, **kwargs}}
-        found.append((name, without_dropout(ZOO.build(name)).double(), sample, entry.atomic, 1e-10))
+        found.append((name, ZOO.without_dropout(ZOO.build(name)).double(), sample, entry.atomic, 1e-10))
     return found
 
 

@@ -6,13 +6,14 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from reconmtl.files import write_text
 from reconmtl.paper.answers import answer, disagreements
 from reconmtl.paper.controls import answered
-from reconmtl.paper.experiments import EXPERIMENTS, draw, embedded, finished_seeds, page
-from reconmtl.paper.trainings import SCALES, Scale
+from reconmtl.paper.experiments import EXPERIMENTS, Experiment, draw, embedded, finished_seeds, page
+from reconmtl.paper.trainings import SCALES, Scale, Setup
 
 ENOUGH = 3
 """An experiment with fewer finished rows says nothing yet."""
@@ -28,12 +29,7 @@ def pages(out: Path, page_file: Path | None = None) -> list[str]:
     """
     found = []
     for scale in SCALES:
-        for name, experiment in EXPERIMENTS.items():
-            place = experiment.places.get(scale)
-            if place is None or not any(out.glob(f"{scale}-{place.problem}*")):
-                continue
-            setup = experiment.setup(scale, out)
-            seeds = finished_seeds(name, setup)
+        for name, experiment, setup, seeds in _begun(out, scale):
             done = [t for t in experiment.trainings if any(t.finished(setup, s) is not None for s in seeds)]
             probed = experiment.recorded is not None and bool(experiment.recorded(setup, seeds))
             if probed or (done and len(done) >= min(ENOUGH, len(experiment.trainings))):
@@ -45,15 +41,19 @@ def pages(out: Path, page_file: Path | None = None) -> list[str]:
     return found
 
 
+def _begun(out: Path, scale: Scale) -> Iterator[tuple[str, Experiment, Setup, tuple[int, ...]]]:
+    """Experiments whose folder is there, with the seeds under which something is finished."""
+    for name, experiment in EXPERIMENTS.items():
+        place = experiment.places.get(scale)
+        if place is not None and any(out.glob(f"{scale}-{place.problem}*")):
+            setup = experiment.setup(scale, out)
+            yield name, experiment, setup, finished_seeds(name, setup)
+
+
 def findings(out: Path, scale: Scale) -> list[str]:
     """What the runs of a scale say: the central question's answer, and the numbers in which ours differ."""
     told, claims = [], {}
-    for name, experiment in EXPERIMENTS.items():
-        place = experiment.places.get(scale)
-        if place is None or not any(out.glob(f"{scale}-{place.problem}*")):
-            continue
-        setup = experiment.setup(scale, out)
-        seeds = finished_seeds(name, setup)
+    for name, experiment, setup, seeds in _begun(out, scale):
         if name == "controls" and (text := answer(answered(setup, seeds))):
             told.append(f"## Does it matter which layers are split? The answer at scale {scale}\n\n{text}")
         if name.startswith("t") and experiment.claims is not None:
