@@ -359,9 +359,14 @@ def paper(options: PaperSettings, faults: Faults) -> Answer:
     from reconmtl.evaluation import Machine
     from reconmtl.files import write_text
     from reconmtl.paper import experiments
+    from reconmtl.paper.trainings import Sources, taking
     from reconmtl.reporting.figures import check_matplotlib
 
     found = list(faults)
+    roots = _by_name("--root", options.root, taking("root"), found)
+    weights = _by_name("--pretrained", options.pretrained, taking("pretrained"), found)
+    if options.scale == "mini" and (roots or weights):
+        found.append("--root and --pretrained are for --scale full: the mini scale needs no files.")
     if options.action != "ls" and not options.names:
         found.append(f"NAME: say which, e.g. `reconmtl paper {options.action} t1`; `reconmtl paper ls` lists them.")
     for name in options.names:
@@ -389,6 +394,8 @@ def paper(options: PaperSettings, faults: Faults) -> Answer:
             options.out,
             smoke=options.fast_dev_run,
             where=Machine(accelerator=options.accelerator, precision=options.precision, compile=options.compile),
+            sources=Sources(roots=roots, weights=weights),
+            showing=options.action == "show",
         )
         if options.action == "run":
             tell = _say_nothing if options.quiet else print  # goes to stderr while a command works
@@ -406,6 +413,20 @@ def paper(options: PaperSettings, faults: Faults) -> Answer:
     missing = [f"{n}, seed {s}: {why}" for n, s, why in lacking]
     answer = {"pages": pages, "figures": drawn, "missing": missing}
     return _answer(options, answer, text, 3 if lacking else 0)
+
+
+def _by_name(option: str, given: Sequence[str] | None, known: Sequence[str], faults: list[str]) -> dict[str, Path]:
+    """`NAME=PATH` of an option as {name: path}; what is wrong with them goes to the faults."""
+    found: dict[str, Path] = {}
+    for one in given or ():
+        name, equals, path = one.partition("=")
+        if name not in known:
+            faults.append(f"{option} {one}: expected NAME=PATH. Unknown data set {name!r}. {nearest(name, known)}")
+        elif not equals or not path or name in found:
+            faults.append(f"{option} {one}: expected NAME=PATH, once per name, e.g. {name}=PATH.")
+        else:
+            found[name] = Path(path).expanduser()  # a shell does not after the sign
+    return found
 
 
 def _finite(*values: float) -> tuple[float | None, ...]:

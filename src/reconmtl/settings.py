@@ -470,12 +470,16 @@ class PaperOptions:
     """Trainings per row; 0 if not given, and for show all that are finished."""
     accelerator: str = "auto"
     """auto, cpu, cuda ..."""
+    root: Annotated[tuple[str, ...] | None, _shown("NAME=DIR ...")] = None
+    """Folders of the data sets that you have, for the full scale: celeba=DIR cityscapes=DIR nyuv2=DIR ..."""
+    pretrained: Annotated[tuple[str, ...] | None, _shown("NAME=FILE ...")] = None
+    """ImageNet weights, for the full scale, celeba=FILE pascal_context=FILE; runs have a folder of their own."""
     precision: str = "32-true"
     """32-true (or 32) or bf16-mixed; the latter's runs have a folder of their own."""
     compile: Flag = False
     """Train under torch.compile, but for what records or balances the tasks' gradients; in a folder of its own."""
     fast_dev_run: Flag = False
-    """Two small batches of everything, to see that all of it runs; the numbers mean nothing."""
+    """Two small batches of everything, to see that all of it runs; the numbers mean nothing. A folder of its own."""
     out: Annotated[Path, tyro.conf.arg(metavar="DIR")] = Path("results/paper")
     """Folder of all experiments; they share trainings."""
     to: Annotated[Path | None, tyro.conf.arg(metavar="FILE", aliases=["-o"])] = None
@@ -491,6 +495,7 @@ class PaperSettings(PaperOptions, OutputOptions):
     examples: ClassVar = (
         "reconmtl paper ls",
         "reconmtl paper run controls --seeds 0 1 2",
+        "reconmtl paper run t15 --scale full --root nyuv2=data/nyuv2 cityscapes=data/cityscapes",
         "reconmtl paper show t1 t7 --to page.md --figures figures",
     )
 

@@ -1,6 +1,7 @@
 """Every table and figure: listed with its scales, runs on two small batches, and shows what it found."""
 
 import importlib.util
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,8 @@ from reconmtl.errors import UnknownNameError
 from reconmtl.paper import experiments, tables
 from reconmtl.paper.controls import recon
 from reconmtl.paper.published import TITLES, load
+from reconmtl.paper.trainings import Sources, run_all
+from reconmtl.problems.rooms_files import write_npy_folders
 
 RUNS = Path(__file__).parents[2] / "results" / "paper"
 
@@ -81,6 +84,48 @@ def test_showing_refuses_what_cannot_be_written(tmp_path: Path, capsys: pytest.C
     assert main(["paper", "show", "t1", "t77", "--to", str(tmp_path)]) == 2
     said = capsys.readouterr().err
     assert "is a folder" in said and "t77" in said
+
+
+def test_folders_of_data_sets_are_given_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["paper", "run", "t15", "--scale", "full", "--out", str(tmp_path / "out")]
+    assert main([*words, "--root", "citscapes=x", "nyuv2", "celeba=a", "celeba=b"]) == 2
+    said = capsys.readouterr().err
+    assert "Nearest: 'cityscapes'" in said and "--root nyuv2:" in said and "--root celeba=b:" in said
+    assert main(["paper", "run", "t2", "--root", "celeba=x", "--out", str(tmp_path / "out")]) == 2
+    assert "--scale full" in capsys.readouterr().err
+    write_npy_folders(tmp_path / "nyuv2", "nyuv2", counts={"train": 4, "val": 2}, size=(32, 64))
+    assert main([*words, "--root", f"nyuv2={tmp_path / 'nyuv2'}"]) == 2
+    assert "--root cityscapes=DIR" in capsys.readouterr().err  # before anything is trained on the other one
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*published are")
+def test_layers_found_elsewhere_at_full_scale_come_from_the_files_of_the_other_data_set(tmp_path: Path) -> None:
+    pytest.importorskip("torchmetrics")
+    for name in ("cityscapes", "nyuv2"):
+        write_npy_folders(tmp_path / name, name, counts={"train": 16, "val": 2}, size=(32, 64))
+    sources = Sources(roots={name: tmp_path / name for name in ("cityscapes", "nyuv2")})
+    experiment = experiments.find("t15")
+    setup = experiment.setup("full", tmp_path / "out", smoke=True, sources=sources)
+    assert run_all(setup, [experiment.rows["Joint-train w/ Recon*"]], (0,), lambda _: None) == []
+    assert sorted(f.name for f in (tmp_path / "out").iterdir()) == [
+        "full-cityscapes-segnet-fast-dev-run",
+        "full-nyuv2-segnet-fast-dev-run",
+    ]
+
+
+def test_iterations_are_measured_without_the_data(tmp_path: Path) -> None:
+    setup = experiments.find("f11").setup("full", tmp_path, smoke=True)
+    assert setup.decided.options["width"] == 64
+    assert "Nothing is finished yet" in experiments.page("f11", setup, (0,))
+
+
+def test_every_finished_seed_is_shown(tmp_path: Path) -> None:
+    setup = experiments.find("controls").setup("mini", tmp_path)
+    for seed in (3, 100):
+        shutil.copytree(RUNS / "mini-multifashion" / "joint" / "seed0", setup.folder / "joint" / f"seed{seed}")
+    assert experiments.finished_seeds("controls", setup) == (3, 100)
 
 
 @pytest.mark.slow

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from reconmtl.errors import UnknownNameError
+from reconmtl.errors import ReconError, UnknownNameError
 from reconmtl.evaluation import Machine
 from reconmtl.paper import controls
-from reconmtl.paper.trainings import Setup, Training, run_all
+from reconmtl.paper.trainings import Setup, Sources, Training, run_all, taking
 
 
 @pytest.fixture(scope="module")
@@ -40,3 +40,41 @@ def test_a_smoke_test_takes_few_tasks_and_another_precision_has_a_folder_of_its_
     other = Setup.of("planted", "mini", tmp_path, where=Machine(precision="bf16-mixed"))
     assert other.machine().precision == "bf16-mixed" and other.folder.name == "mini-planted-bf16-mixed"
     assert Setup.of("planted", "mini", tmp_path, where=Machine(precision="32")).folder.name == "mini-planted"
+
+
+def test_a_smoke_test_is_never_taken_for_the_training_itself(setup: Setup) -> None:
+    real = Setup.of("planted", "mini", setup.folder.parent)
+    joint = Training(name="joint")
+    run_all(setup, (joint,), (0,), lambda _: None)
+    assert joint.finished(setup, 0) is not None and joint.finished(real, 0) is None
+    assert setup.folder.name == "mini-planted-fast-dev-run"
+
+
+def test_data_that_is_missing_is_asked_for_by_name_and_stood_in_for_where_results_are_only_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RECONMTL_CACHE", str(tmp_path / "empty"))
+    assert taking("root") == ["pascal_context", "celeba", "cityscapes", "nyuv2"]
+    for problem in taking("root"):
+        with pytest.raises(ReconError, match=f"--root {problem}=DIR"):
+            Setup.of(problem, "full", tmp_path)
+    with pytest.raises(ReconError, match="reconmtl data multifashion"):
+        Setup.of("multifashion", "full", tmp_path)
+    shown = Setup.of("multifashion", "full", tmp_path, showing=True)
+    assert shown.decided.options["data"] == "full" and shown.decided.epochs == 120  # as it was trained
+    with pytest.raises(ReconError, match="--root cityscapes=DIR"):
+        Setup.of("cityscapes", "full", tmp_path, showing=True)
+    weights = Sources(weights={"celeba": tmp_path / "resnet18.pth"})
+    assert Setup.of("celeba", "mini", tmp_path, sources=weights).folder.name == "mini-celeba"  # of the full scale only
+
+
+def test_what_is_shown_without_the_data_is_what_was_trained_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RECONMTL_CACHE", str(tmp_path / "empty"))
+    trained = Setup.of("multifashion", "full", tmp_path, smoke=True)  # on the mini set, as every smoke test
+    log = trained.probe(0)
+    shown = Setup.of("multifashion", "full", tmp_path, smoke=True, showing=True)
+    assert shown.folder == trained.folder and shown.probe(0).grams.equal(log.grams)
+    priced = Setup.of("multifashion", "full", tmp_path, showing=True)
+    assert controls.network_cost(priced).megabytes == pytest.approx(42.8145, abs=1e-4)

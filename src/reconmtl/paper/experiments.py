@@ -14,7 +14,7 @@ from reconmtl.errors import UnknownNameError, nearest
 from reconmtl.evaluation import Machine
 from reconmtl.paper import budgets, conflicts, controls, distances, drawings, iterations, selections, tables
 from reconmtl.paper.answers import Claim
-from reconmtl.paper.trainings import PRESETS, Place, Scale, Setup, Training, run_all
+from reconmtl.paper.trainings import PRESETS, Place, Scale, Setup, Sources, Training, run_all
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -35,6 +35,8 @@ class Experiment:
         draw: (setup, seeds) -> matplotlib's figure; None if nothing is finished.
         draw_layers: The same for single layers, where the experiment has them.
         claims: The paper's numbers beside ours, of an experiment that has some of its own.
+        trains: Whether it needs the problem's data; else only its network is measured.
+        elsewhere: Scale -> another data set that it needs too.
     """
 
     title: str
@@ -47,16 +49,30 @@ class Experiment:
     draw: Callable[[Setup, Sequence[int]], Figure | None]
     draw_layers: Callable[[Setup, Sequence[int]], Figure | None] | None = None
     claims: Callable[[Setup, Sequence[int]], Sequence[Claim]] | None = None
+    trains: bool = True
+    elsewhere: Mapping[Scale, Place] = field(default_factory=dict)
 
-    def setup(self, scale: Scale, out: Path, *, smoke: bool = False, where: Machine | None = None) -> Setup:
-        """Where it runs.
+    def setup(
+        self,
+        scale: Scale,
+        out: Path,
+        *,
+        smoke: bool = False,
+        where: Machine | None = None,
+        sources: Sources | None = None,
+        showing: bool = False,
+    ) -> Setup:
+        """Where it runs, see `Setup.of`; with `showing`, results can be shown though the data is missing.
 
         Raises:
             ReconError: If there is no such scale, or the data is missing.
         """
         if scale not in self.places:
             raise UnknownNameError(f"There is no scale {scale!r} here. {nearest(scale, self.places)}")
-        return self.places[scale].setup(scale, out, smoke=smoke, where=where)
+        showing = showing or not self.trains
+        if scale in self.elsewhere and not showing:
+            self.elsewhere[scale].setup(scale, out, smoke=smoke, where=where, sources=sources)  # is its data there?
+        return self.places[scale].setup(scale, out, smoke=smoke, where=where, sources=sources, showing=showing)
 
     def run(
         self, setup: Setup, seeds: Sequence[int], tell: Callable[[str], None] = print
@@ -108,6 +124,7 @@ def _results(
         places=places,
         trainings=tuple(of.values()),
         rows=of,
+        elsewhere=elsewhere or {},
         show=lambda setup, seeds: tables.show(setup, of, table, seeds),
         draw=lambda setup, seeds: tables.draw(setup, of, table, seeds),
         claims=lambda setup, seeds: tables.claims(setup, of, table, seeds),
@@ -164,8 +181,12 @@ def _measure(setup: Setup, seed: int) -> None:
     del seed
     device = setup.machine().fabric().device.type
     if not iterations.file_of(setup.folder, device).exists():
-        small: dict[str, Any] = {"tasks": (2, 3), "width": 2, "batch": 2, "rounds": 1} if setup.smoke else {}
-        iterations.measure(setup.folder, device=device, **small)
+        size: dict[str, Any] = {}
+        if setup.smoke:
+            size = {"tasks": (2, 3), "width": 2, "batch": 2, "rounds": 1}
+        elif setup.scale == "full":
+            size = {"width": setup.decided.options["width"], "batch": setup.decided.batch_size}
+        iterations.measure(setup.folder, device=device, **size)
 
 
 _STAGES = tables.stages()
@@ -220,7 +241,7 @@ EXPERIMENTS: Mapping[str, Experiment] = {
     "f9": _distribution("t9", "How gradients conflict before and after Recon, NYUv2", NYUV2, cagrad=0.4),
     "f10": _distribution("t10", "How gradients conflict before and after Recon, PASCAL-Context", PASCAL, cagrad=0.1),
     "f11": Experiment(title="What an iteration costs, by number of tasks", places=CELEBA,
-                      probes=_measure, recorded=_measured,
+                      probes=_measure, recorded=_measured, trains=False,
                       show=lambda setup, _seeds: iterations.show(setup.folder),
                       draw=lambda setup, _seeds: iterations.draw(setup.folder)),
     "controls": _controls("Does it matter which layers are split?", controls.CENTRAL),
@@ -251,6 +272,8 @@ def page(name: str, setup: Setup, seeds: Sequence[int]) -> str:
         f"{d.problem}, {options}{d.epochs} epochs ({d.probe_epochs} probed), batch {d.batch_size}, K = {d.k}, "
         f"S = {d.severity:g}; runs are in {setup.folder}."
     )
+    if not experiment.trains:
+        told = f"The network of {d.problem}; the measurements are in {setup.folder}."
     return "\n\n".join([f"## {name}: {experiment.title}", told, experiment.show(setup, seeds)])
 
 
@@ -299,10 +322,14 @@ def overview(found: Sequence[Mapping[str, object]]) -> str:
     return "\n".join(lines)
 
 
-def finished_seeds(name: str, setup: Setup, limit: int = 20) -> tuple[int, ...]:
+def finished_seeds(name: str, setup: Setup) -> tuple[int, ...]:
     """Seeds under which something of an experiment is finished."""
     experiment = find(name)
-    found = {s for s in range(limit) if any(t.finished(setup, s) is not None for t in experiment.trainings)}
+    names = {
+        path.name.removeprefix("seed") for depth in ("*", "probes/*") for path in setup.folder.glob(f"{depth}/seed*")
+    }
+    there = sorted({0, *(int(n) for n in names if n.isdecimal())})
+    found = {s for s in there if any(t.finished(setup, s) is not None for t in experiment.trainings)}
     if experiment.recorded is not None:
-        found |= set(experiment.recorded(setup, range(limit)))
+        found |= set(experiment.recorded(setup, there))
     return tuple(sorted(found)) or (0,)

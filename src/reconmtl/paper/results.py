@@ -46,7 +46,7 @@ def _begun(out: Path, scale: Scale) -> Iterator[tuple[str, Experiment, Setup, tu
     for name, experiment in EXPERIMENTS.items():
         place = experiment.places.get(scale)
         if place is not None and any(out.glob(f"{scale}-{place.problem}*")):
-            setup = experiment.setup(scale, out)
+            setup = experiment.setup(scale, out, showing=True)
             yield name, experiment, setup, finished_seeds(name, setup)
 
 

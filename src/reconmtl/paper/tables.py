@@ -52,7 +52,9 @@ def found_in(places: Mapping[Scale, Place]) -> Choice:
     """The layers that Recon finds on another data set with the same network (Recon* of Tables 15 and 16)."""
 
     def choose(setup: Setup, log: ConflictLog, seed: int) -> Plan:
-        there = places[setup.scale].setup(setup.scale, setup.folder.parent, smoke=setup.smoke, where=setup.where)
+        there = places[setup.scale].setup(
+            setup.scale, setup.folder.parent, smoke=setup.smoke, where=setup.where, sources=setup.sources
+        )
         return transferred(recon()(there, there.probe(seed), seed), log)
 
     return choose

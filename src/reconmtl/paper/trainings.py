@@ -5,15 +5,16 @@ Experiments name trainings, not folders: the joint training of one experiment is
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
 from reconmtl.architectures import way
-from reconmtl.choices import Decided, decide, load_problem
+from reconmtl.choices import Decided, decide, find_problem, load_problem
 from reconmtl.conflicts import ConflictLog
-from reconmtl.errors import ReconError, UnknownNameError, nearest
+from reconmtl.errors import DataError, ReconError, UnknownNameError, nearest
 from reconmtl.evaluation import Machine
 from reconmtl.plan import Plan
 from reconmtl.problem import Problem
@@ -35,6 +36,21 @@ PRESETS: Mapping[str, Mapping[Scale, str]] = {
     "planted": {"mini": "default"},
 }
 """Problem -> scale -> its preset. The paper's dense problems need their files; drawn scenes stand in for them."""
+STAND_INS: Mapping[str, str] = {"multifashion": "mini", "celeba": "generated"}
+"""Problem -> data of the same shape that is always there: enough to count a network's parameters and operations."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sources:
+    """Where the files are that the paper's scale needs.
+
+    Attributes:
+        roots: Problem -> folder of its data set.
+        weights: Problem -> file with ImageNet weights of its trunk.
+    """
+
+    roots: Mapping[str, Path] = field(default_factory=dict)
+    weights: Mapping[str, Path] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +63,8 @@ class Setup:
         scale: Which of the problem's presets it is.
         smoke: Two small batches of everything.
         where: Accelerator, precision and compilation.
+        sources: Files of the data sets and of pretrained weights.
+        stand_in: Data that stands for missing one where results are only shown; None if it is there.
     """
 
     decided: Decided
@@ -54,6 +72,8 @@ class Setup:
     scale: Scale = "mini"
     smoke: bool = False
     where: Machine = field(default_factory=Machine)
+    sources: Sources = field(default_factory=Sources)
+    stand_in: str | None = None
 
     @classmethod
     def of(
@@ -64,12 +84,27 @@ class Setup:
         *,
         smoke: bool = False,
         where: Machine | None = None,
+        sources: Sources | None = None,
         epochs: int | None = None,
         network: str | None = None,
         tasks: tuple[str, ...] | None = None,
         width: int | None = None,
+        showing: bool = False,
     ) -> Setup:
         """The problem with the preset that stands for the scale.
+
+        Args:
+            problem: A ready one.
+            scale: One of its scales.
+            out: Folder of all setups' folders.
+            smoke: Two small batches of everything, in a folder of its own.
+            where: Accelerator, precision and compilation.
+            sources: Files of the data sets and of pretrained weights; of the full scale only.
+            epochs: Instead of the preset's.
+            network: Of a problem that has several.
+            tasks: If not all.
+            width: Instead of the preset's.
+            showing: Nothing will be trained: data that is missing may be stood in for.
 
         Raises:
             ReconError: If the problem has no such scale, or its data is missing.
@@ -78,6 +113,8 @@ class Setup:
         if scale not in presets:
             raise UnknownNameError(f"{problem} has no scale {scale!r}. {nearest(scale, presets)}")
         where = where or Machine()
+        sources = sources or Sources()
+        weights = sources.weights.get(problem) if scale == "full" else None
         precision = "32-true" if where.precision == "32" else where.precision
         settings = Settings(
             problem=problem,
@@ -90,20 +127,33 @@ class Setup:
             network=network,
             tasks=tasks,
             width=width,
+            root=sources.roots.get(problem) if scale == "full" else None,
+            pretrained=weights,
         )
         parts = [scale, problem, *([network] if network else []), *(tasks or [])]
         parts += [f"width-{width}"] if width else []
         parts += [] if precision == "32-true" else [precision]
         parts += ["compiled"] if where.backend is not None else []
+        parts += ["pretrained"] if weights is not None else []
+        parts += ["fast-dev-run"] if smoke else []  # or the training itself would be taken for finished
         name = "-".join([*parts, *([f"{epochs}-epochs"] if epochs else [])])
-        decided = decide(settings)
+        decided, stand_in = _decided(settings, showing=showing)
         if smoke and len(decided.tasks) > SMOKE_TASKS:
-            decided = decide(replace(settings, tasks=decided.tasks[:SMOKE_TASKS]))
-        return cls(decided=decided, folder=out / name, scale=scale, smoke=smoke, where=where)
+            decided, stand_in = _decided(replace(settings, tasks=decided.tasks[:SMOKE_TASKS]), showing=showing)
+        return cls(
+            decided=decided,
+            folder=out / name,
+            scale=scale,
+            smoke=smoke,
+            where=where,
+            sources=sources,
+            stand_in=stand_in,
+        )
 
     def problem(self, width: int | None = None, **options: object) -> Problem:
         """The problem, with a network of another width if one is given, or with other options."""
         given = options | ({} if width is None else {"width": width})
+        given |= {} if self.stand_in is None else {"data": self.stand_in}
         return load_problem(replace(self.decided, options=self.decided.options | given))
 
     def machine(self) -> Machine:
@@ -122,6 +172,9 @@ class Setup:
             epochs: Length; the setup's if it is not given.
         """
         length = self.decided.probe_epochs if epochs is None else epochs
+        folder = self._log(seed, method, balancer, length)
+        if self.stand_in is not None and (folder / "log.json").exists():
+            return ConflictLog.load(folder)  # there is no data to compare its settings with
         machine = self.machine()
         if self.smoke:
             machine = replace(machine, max_batches=4)  # a recording has quarters
@@ -130,7 +183,7 @@ class Setup:
             epochs=length,
             balancer=balancer,
             seed=seed,
-            out=self._log(seed, method, balancer, length),
+            out=folder,
             resume=True,
             machine=machine,
         )
@@ -146,6 +199,24 @@ class Setup:
         return self.folder / "probes" / name / f"seed{seed}"
 
 
+def _decided(settings: Settings, *, showing: bool) -> tuple[Decided, str | None]:
+    """What is trained, and the data that stands in for it, if it is only shown and its own is missing.
+
+    Raises:
+        ReconError: If the data is missing, or a value is wrong; folders are asked for as `reconmtl paper` takes them.
+    """
+    try:
+        return decide(settings), None
+    except ReconError as error:
+        if showing and isinstance(error.__cause__, DataError) and settings.problem in STAND_INS:
+            stand_in = STAND_INS[settings.problem]
+            decided = decide(replace(settings, data=stand_in, root=None, pretrained=None))
+            own = find_problem(settings.problem)[1][decided.preset or ""].options
+            return replace(decided, options=decided.options | {n: own[n] for n in ("data",) if n in own}), stand_in
+        told = str(error).replace("--root DIR", f"--root {settings.problem}=DIR")
+        raise type(error)(told.replace("--pretrained FILE", f"--pretrained {settings.problem}=FILE")) from error
+
+
 @dataclass(frozen=True, kw_only=True)
 class Place:
     """Where an experiment runs at a scale: a problem, its network if it has several, and tasks if not all."""
@@ -154,9 +225,28 @@ class Place:
     network: str | None = None
     tasks: tuple[str, ...] | None = None
 
-    def setup(self, scale: Scale, out: Path, *, smoke: bool = False, where: Machine | None = None) -> Setup:
-        """The problem as the experiment needs it."""
-        return Setup.of(self.problem, scale, out, smoke=smoke, where=where, network=self.network, tasks=self.tasks)
+    def setup(
+        self,
+        scale: Scale,
+        out: Path,
+        *,
+        smoke: bool = False,
+        where: Machine | None = None,
+        sources: Sources | None = None,
+        showing: bool = False,
+    ) -> Setup:
+        """The problem as the experiment needs it; see `Setup.of`."""
+        return Setup.of(
+            self.problem,
+            scale,
+            out,
+            smoke=smoke,
+            where=where,
+            sources=sources,
+            network=self.network,
+            tasks=self.tasks,
+            showing=showing,
+        )
 
 
 Choice = Callable[[Setup, ConflictLog, int], Plan]
@@ -236,6 +326,12 @@ class Training:
         )
         (self.folder(setup) / f"seed{seed}" / "last.ckpt").unlink(missing_ok=True)  # tables need no weights
         return run
+
+
+def taking(option: str) -> list[str]:
+    """Problems of the paper's scale whose `make` takes an option."""
+    full = (problem for problem, presets in PRESETS.items() if "full" in presets)
+    return [problem for problem in full if option in inspect.signature(find_problem(problem)[0]).parameters]
 
 
 def slug(name: str) -> str:
