@@ -24,6 +24,16 @@ def test_controls_cost_what_they_say(tmp_path: Path) -> None:
     assert len(controls.random_layers(setup, log, 0).layers) == len(controls.smallest(setup, log, 0).layers) == 25
     both = set(controls.least_conflicts(setup, log, 0).layers) & set(recon.layers)
     assert len(both) == 2 * 25 - len(log.layers)  # as few as can be
+    first, others = log.layers[0], set(recon.layers) - {log.layers[0]}
+    assert controls.first_alone(setup, log, 0).layers == {first: (("digit",), ("fashion",))}
+    but = controls.recon_but_first(setup, log, 0).layers
+    assert len(but) == 25 and first not in but and others < set(but)
+    for seed in range(4):
+        chosen, drawn = (
+            controls.random_and_first(setup, log, seed).layers,
+            controls.random_layers(setup, log, seed).layers,
+        )
+        assert len(chosen) == 25 and first in chosen and len(set(chosen) - set(drawn)) <= 1
     split = controls.network_cost(setup, plan=recon)
     for measure in (controls.parameters, controls.operations):
         width = controls.as_wide_as(measure)(setup, log)

@@ -79,6 +79,29 @@ def first(setup: Setup, log: ConflictLog, seed: int) -> Plan:
     return Plan.first(log, half(setup, log))
 
 
+def first_alone(setup: Setup, log: ConflictLog, seed: int) -> Plan:
+    """The first layer and no other: from it on, every layer sees the task's own values."""
+    del setup, seed
+    return Plan.first(log, 1)
+
+
+def recon_but_first(setup: Setup, log: ConflictLog, seed: int) -> Plan:
+    """As many layers with most conflicts, the first layer of the network not among them."""
+    del seed
+    k = min(half(setup, log), len(log.layers) - 1)
+    others = [n for n in log.rank(severity=setup.decided.severity).layers if n != log.network_layers[0]]
+    return Plan(tasks=log.tasks, layers=others[:k], chosen={"by": "conflicts but the first layer", "k": k})
+
+
+def random_and_first(setup: Setup, log: ConflictLog, seed: int) -> Plan:
+    """As many random layers, the first layer of the network always among them."""
+    k, first_layer = half(setup, log), log.network_layers[0]
+    layers = list(Plan.random_layers(log, k, seed=seed).layers)
+    if first_layer not in layers:  # instead of the one that was drawn last
+        layers = [first_layer, *(Plan.random_layers(log, k - 1, seed=seed).layers if k > 1 else ())]
+    return Plan(tasks=log.tasks, layers=layers, chosen={"by": "random and the first layer", "k": k, "seed": seed})
+
+
 def last(setup: Setup, log: ConflictLog, seed: int) -> Plan:
     """The last K layers."""
     del seed
@@ -142,8 +165,14 @@ WAYS: dict[str, Choice] = {
     "random layers, as many parameters": random_parameters(exceed=False),
     "all norms": norms,
     "least conflicts": least_conflicts,
+    "first layer alone": first_alone,
+    "recon but the first layer": recon_but_first,
+    "random layers and the first": random_and_first,
 }
 """Ways to choose layers, that of the paper first."""
+
+BY_FIRST = ("first layer alone", "recon but the first layer", "random layers and the first")
+"""Ways that tell what splitting the first layer does from what the choice of the others does."""
 
 CENTRAL = (
     Training(name="joint"),
@@ -166,6 +195,8 @@ CENTRAL = (
         norm_stats="shared",
     ),
     Training(name="least conflicts", choose=WAYS["least conflicts"], norm_stats="shared"),
+    *(Training(name=name, choose=WAYS[name]) for name in BY_FIRST),
+    *(Training(name=name, choose=WAYS[name], norm_stats="shared") for name in BY_FIRST),
 )
 """The central question, most telling rows first: whoever stops early has an answer.
 
@@ -316,32 +347,15 @@ def show(setup: Setup, trainings: Sequence[Training], seeds: Sequence[int]) -> s
     return "\n\n".join([grid(titles, cells), *notes])
 
 
-def draw(
-    setup: Setup, ways: Mapping[str, Sequence[Training]], trainings: Sequence[Training], seeds: Sequence[int]
-) -> Figure | None:
-    """Gain over joint training against what it costs: added parameters, and operations.
-
-    Args:
-        setup: Where the runs are.
-        ways: Name of a line -> its trainings; what is in none stands alone.
-        trainings: All of them.
-        seeds: To show.
-    """
+def draw(setup: Setup, trainings: Sequence[Training], seeds: Sequence[int]) -> Figure | None:
+    """Gain over joint training against what it costs: added parameters, and operations."""
     _, found = priced(setup, trainings, seeds)
-    rows = {p.row.label: p for p in found}
-    joined = {t.row for of in ways.values() for t in of}
-    of = {way: [rows[t.row] for t in line if t.row in rows] for way, line in ways.items()}
-    of |= {label: [p] for label, p in rows.items() if label not in joined}
 
     def panel(title: str, at: Callable[[Priced], float], *, log: bool) -> drawings.Panel:
-        drawn = {
-            name: [drawings.Point(at(p), p.row.delta_m) for p in sorted(line, key=at) if p.row.delta_m is not None]
-            for name, line in of.items()
-            if line
-        }
+        drawn = {p.row.label: [drawings.Point(at(p), p.row.delta_m)] for p in found if p.row.delta_m is not None}
         return drawings.Panel(title, drawn, log=log)
 
-    if not rows:
+    if not found:
         return None
     return drawings.lines(
         [

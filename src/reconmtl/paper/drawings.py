@@ -73,11 +73,13 @@ class Panel:
         title: Of the axis.
         lines: Name -> points, in the order in which they are joined; one of a single point is a mark alone.
         log: Whether the axis is logarithmic; a linear one around zero keeps what is not positive.
+        joined: Whether the points of a line are joined.
     """
 
     title: str
     lines: Mapping[str, Sequence[Point]]
     log: bool = False
+    joined: bool = True
 
 
 def _way(name: str) -> str:
@@ -111,8 +113,8 @@ def lines(panels: Sequence[Panel], title: str) -> Figure:
     figure, grid = new_axes(3.4 * len(panels) + 0.2, 2.9, ncols=len(panels), squeeze=False, sharey=True)
     for axes, panel in zip(grid.flat, panels, strict=True):
         for name, points in panel.lines.items():
-            at, joined = names.index(_way(name)), len(points) > 1
-            colour, marker = COLOURS[at % len(COLOURS)], "o" if joined else MARKS[at % len(MARKS)]
+            at, single = names.index(_way(name)), len(points) == 1
+            colour, marker = COLOURS[at % len(COLOURS)], MARKS[at % len(MARKS)] if single else "o"
             x, y = [p.x for p in points], [p.y.mean for p in points]
             spread = [p.y.sd if math.isfinite(p.y.sd) else 0.0 for p in points]
             axes.errorbar(
@@ -120,7 +122,7 @@ def lines(panels: Sequence[Panel], title: str) -> Figure:
                 y,
                 yerr=spread,
                 fmt=marker,
-                ls="-" if joined else "none",
+                ls="none" if single or not panel.joined else "-",
                 color=colour,
                 mfc=colour if name == _way(name) else "white",
                 ms=4,
@@ -134,7 +136,8 @@ def lines(panels: Sequence[Panel], title: str) -> Figure:
         if panel.log and every and min(every) > 0:
             axes.set_xscale("log")
         elif panel.log:
-            axes.set_xscale("symlog", linthresh=min((abs(x) for x in every if x), default=1.0))
+            least = min((abs(x) for x in every if x), default=1.0)
+            axes.set_xscale("symlog", linthresh=10 ** math.floor(math.log10(least)))  # a decade: ticks keep apart
         if panel.log:
             axes.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
             axes.minorticks_off()

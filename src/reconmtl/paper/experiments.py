@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from reconmtl.errors import UnknownNameError, nearest
 from reconmtl.evaluation import Machine
+from reconmtl.loop import NormStats
 from reconmtl.paper import budgets, conflicts, controls, distances, drawings, iterations, selections, tables
 from reconmtl.paper.answers import Claim
 from reconmtl.paper.trainings import PRESETS, Place, Scale, Setup, Sources, Training, run_all
@@ -154,23 +155,30 @@ def _selection(table: str, title: str, ours: Mapping[str, str], faithful: Sequen
         places=MULTIFASHION,
         trainings=of,
         show=lambda setup, seeds: selections.show(setup, names, of, seeds),
-        draw=lambda setup, seeds: controls.draw(setup, {}, of, seeds),
+        draw=lambda setup, seeds: controls.draw(setup, of, seeds),
         claims=lambda setup, seeds: selections.claims(setup, names, of, seeds),
     )
 
 
-def _controls(title: str, of: Sequence[Training], ways: Mapping[str, Sequence[Training]] | None = None) -> Experiment:
+def _controls(title: str, of: Sequence[Training]) -> Experiment:
     return Experiment(
         title=title,
         places=MULTIFASHION,
         trainings=of,
         show=lambda setup, seeds: controls.show(setup, of, seeds),
-        draw=lambda setup, seeds: controls.draw(setup, ways or {}, of, seeds),
+        draw=lambda setup, seeds: controls.draw(setup, of, seeds),
     )
 
 
-def _curves(title: str, ways: Mapping[str, Sequence[Training]]) -> Experiment:
-    return _controls(title, (Training(name="joint"), *budgets.in_turns(ways)), ways)
+def _curves(title: str, norm_stats: NormStats) -> Experiment:
+    of = (Training(name="joint"), *budgets.in_turns(budgets.curve(norm_stats)))
+    return Experiment(
+        title=title,
+        places=MULTIFASHION,
+        trainings=of,
+        show=lambda setup, seeds: budgets.show(setup, of, seeds),
+        draw=lambda setup, seeds: budgets.draw(setup, norm_stats, of, seeds),
+    )
 
 
 def _measured(setup: Setup, seeds: Sequence[int]) -> Sequence[int]:
@@ -245,9 +253,9 @@ EXPERIMENTS: Mapping[str, Experiment] = {
                       show=lambda setup, _seeds: iterations.show(setup.folder),
                       draw=lambda setup, _seeds: iterations.draw(setup.folder)),
     "controls": _controls("Does it matter which layers are split?", controls.CENTRAL),
-    "curves": _curves("Recon, random and smallest layers over K and over budgets", budgets.curve("per-task")),
+    "curves": _curves("Recon, random and smallest layers over K and over budgets", "per-task"),
     "curves-shared": _curves("Recon, random and smallest layers over K and over budgets, statistics shared",
-                             budgets.curve("shared")),
+                             "shared"),
 }  # fmt: skip
 """Name -> experiment: the paper's tables and figures, and the controls that it should have had."""
 
