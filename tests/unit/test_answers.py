@@ -3,7 +3,7 @@
 import math
 
 from reconmtl.comparing import Spread
-from reconmtl.paper.answers import Answered, Claim, answer, disagreements
+from reconmtl.paper.answers import Answered, Claim, answer, by_first_layer, disagreements
 
 
 def row(mean: float, *, mb: float = 0.5, p: float | None = 0.01, n: int = 8) -> Answered:
@@ -43,6 +43,15 @@ def test_too_little_gives_no_answer_and_no_third_sentence() -> None:
     assert answer({}) == "" and answer({"recon": ROWS["recon"], "joint": ROWS["joint"]}) == ""
     fewer = {n: r for n, r in ROWS.items() if "shared" not in n}
     assert "published" not in answer(fewer)
+
+
+def test_what_the_first_layer_does_is_said_once_all_of_it_is_known() -> None:
+    assert by_first_layer(ROWS) == ""
+    first = {"first layer alone": row(4.0, mb=0.001), "recon but the first layer": row(5.0)}
+    text = by_first_layer(ROWS | first | {"random layers and the first": row(7.5, p=0.4)})
+    assert "*first layer alone* +4.0 ± 0.5 for 0.001 MB (n = 8, p = 0.01)" in text
+    assert "*recon but the first layer* +5.0" in text and "against +8.0 ± 0.5 of *recon*" in text
+    assert "*random layers and the first* +7.5" in text and "against +6.0 ± 0.5 of *random layers*" in text
 
 
 def test_every_number_that_does_not_agree_is_listed() -> None:

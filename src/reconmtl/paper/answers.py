@@ -64,6 +64,10 @@ class Answered:
     p: float | None
 
 
+BY_FIRST = ("first layer alone", "recon but the first layer", "random layers and the first")
+"""Ways that tell what splitting the first layer does from what the choice of the others does."""
+
+
 def answer(found: Mapping[str, Answered]) -> str:
     """Three sentences on whether it matters which layers are split; "" as long as too little is finished.
 
@@ -74,16 +78,11 @@ def answer(found: Mapping[str, Answered]) -> str:
     if recon is None or not others:
         return ""
 
-    def told(name: str) -> str:
-        row = found[name]
-        seeds = f"n = {row.gain.n}" if row.p is None else f"n = {row.gain.n}, p = {row.p:.2g}"
-        return f"*{name}* {row.gain.show(1, sign=True)} for {readable(row.megabytes, digits=3)} MB ({seeds})"
-
     compared = [*others, *(n for n in WIDER if n in found)]
     sentences = [
         f"With statistics per task, splitting Recon's layers gains {recon.gain.show(1, sign=True)} Δm over joint "
         f"training for {readable(recon.megabytes, digits=3)} MB (n = {recon.gain.n}), "
-        f"{', '.join(told(n) for n in compared)}."
+        f"{', '.join(_told(n, found[n]) for n in compared)}."
     ]
     open_ = [n for n in compared if 2 ** (1 - found[n].gain.n) > SURE]
     worse = [n for n in compared if n not in open_ and found[n].gain.mean < recon.gain.mean]
@@ -107,6 +106,24 @@ def answer(found: Mapping[str, Answered]) -> str:
             f"{with_shared:.1f} Δm there and {per_task:.1f} with statistics per task."
         )
     return " ".join(sentences)
+
+
+def by_first_layer(found: Mapping[str, Answered]) -> str:
+    """A sentence on what splitting the network's first layer does; "" as long as too little is finished."""
+    if not all(n in found for n in (*BY_FIRST, "recon", "random layers")):
+        return ""
+    alone, without, with_it = (_told(n, found[n]) for n in BY_FIRST)
+    recon, drawn = (found[n].gain.show(1, sign=True) for n in ("recon", "random layers"))
+    return (
+        f"What the network's first layer does: {alone}; {without}, against {recon} of *recon*; {with_it}, against "
+        f"{drawn} of *random layers* (p: paired, against *recon*). Behind a first layer that is split, every layer "
+        "sees values of the task's own, at the operations of a network per task."
+    )
+
+
+def _told(name: str, row: Answered) -> str:
+    seeds = f"n = {row.gain.n}" if row.p is None else f"n = {row.gain.n}, p = {row.p:.2g}"
+    return f"*{name}* {row.gain.show(1, sign=True)} for {readable(row.megabytes, digits=3)} MB ({seeds})"
 
 
 def _all(names: Sequence[str]) -> str:

@@ -16,7 +16,7 @@ from reconmtl.comparing import Comparison, Row, Spread, compare
 from reconmtl.conflicts import ConflictLog
 from reconmtl.formats import grid, readable
 from reconmtl.paper import drawings
-from reconmtl.paper.answers import Answered
+from reconmtl.paper.answers import BY_FIRST, Answered
 from reconmtl.paper.trainings import Choice, Setup, Training
 from reconmtl.plan import Plan
 from reconmtl.runs import Run
@@ -170,9 +170,6 @@ WAYS: dict[str, Choice] = {
     "random layers and the first": random_and_first,
 }
 """Ways to choose layers, that of the paper first."""
-
-BY_FIRST = ("first layer alone", "recon but the first layer", "random layers and the first")
-"""Ways that tell what splitting the first layer does from what the choice of the others does."""
 
 CENTRAL = (
     Training(name="joint"),

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from reconmtl.files import write_text
-from reconmtl.paper.answers import answer, disagreements
+from reconmtl.paper.answers import answer, by_first_layer, disagreements
 from reconmtl.paper.controls import answered
 from reconmtl.paper.experiments import EXPERIMENTS, Experiment, draw, embedded, finished_seeds, page
 from reconmtl.paper.trainings import SCALES, Scale, Setup
@@ -54,8 +54,9 @@ def findings(out: Path, scale: Scale) -> list[str]:
     """What the runs of a scale say: the central question's answer, and the numbers in which ours differ."""
     told, claims = [], {}
     for name, experiment, setup, seeds in _begun(out, scale):
-        if name == "controls" and (text := answer(answered(setup, seeds))):
-            told.append(f"## Does it matter which layers are split? The answer at scale {scale}\n\n{text}")
+        if name == "controls" and (text := answer(rows := answered(setup, seeds))):
+            head = f"## Does it matter which layers are split? The answer at scale {scale}"
+            told.append("\n\n".join([head, text, *([more] if (more := by_first_layer(rows)) else [])]))
         if name.startswith("t") and experiment.claims is not None:
             claims[name] = experiment.claims(setup, seeds)
     if text := disagreements(claims):
