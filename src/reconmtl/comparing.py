@@ -60,6 +60,12 @@ def delta_m(metrics: Values, baseline: Values, directions: Mapping[str, Mapping[
     return fmean(tasks)
 
 
+def gain(metrics: Values, baseline: Values, directions: Mapping[str, Mapping[str, str]]) -> float:
+    """`delta_m`; NaN where a value of the baseline is 0."""
+    undefined = any(value == 0 for named in baseline.values() for value in named.values())
+    return math.nan if undefined else delta_m(metrics, baseline, directions)
+
+
 @dataclass(frozen=True)
 class Spread:
     """Mean and sample standard deviation of n values; the deviation of one value is NaN."""
@@ -326,11 +332,10 @@ def compare(
     if baseline is not None and keys:
         of = groups[baseline]
         base = {t: {m: fmean([r.metrics[t][m] for r in of]) for m in named} for t, named in first.directions.items()}
-    undefined = base is not None and any(value == 0 for named in base.values() for value in named.values())
 
-    def gain(run: Run) -> float:
+    def of_run(run: Run) -> float:
         assert base is not None
-        return math.nan if undefined else delta_m(run.metrics, base, run.directions)
+        return gain(run.metrics, base, run.directions)
 
     rows = []
     for label, group in groups.items():
@@ -342,13 +347,13 @@ def compare(
                 label=label,
                 seeds=tuple(r.seed for r in group),
                 metrics={(t, m): Spread.of([r.metrics[t][m] for r in group]) for t, m in keys},
-                delta_m=None if base is None else Spread.of([gain(r) for r in group]),
+                delta_m=None if base is None else Spread.of([of_run(r) for r in group]),
                 megabytes=fmean([r.megabytes for r in group]),  # random layers differ between seeds
                 seconds=fmean([r.seconds for r in group]),
                 conflict_share=Spread.of(shares) if shares else None,
                 runs=tuple(group),
                 network=group[0].network,
-                paired=Paired.of([gain(a) - gain(b) for a, b in common]) if common and base is not None else None,
+                paired=Paired.of([of_run(a) - of_run(b) for a, b in common]) if common and base is not None else None,
                 paired_metrics={
                     (t, m): Paired.of([a.metrics[t][m] - b.metrics[t][m] for a, b in common]) for t, m in keys
                 }

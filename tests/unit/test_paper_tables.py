@@ -37,10 +37,19 @@ def test_a_row_stands_beside_the_printed_one_and_gains_are_those_by_recon() -> N
     ]
     found = {b.row.label: b for b in tables.beside(compare(runs), "t1")}
     recon = found["Joint-train w/ Recon"]
-    assert recon.printed == -0.33 and recon.gain == pytest.approx(1.0) and recon.printed_gain == pytest.approx(0.61)
+    assert recon.gain is not None and recon.gain.mean == pytest.approx(1.0)
+    assert recon.printed == -0.33 and recon.printed_gain == pytest.approx(0.61)
     assert recon.agrees == "sign and size"
     assert found["CAGrad w/ Recon"].gain is None and found["CAGrad w/ Recon"].agrees == ""
     assert found["something else"].printed is None and found[SINGLE].printed is None
+
+
+def test_gains_are_over_the_seeds_that_both_rows_have() -> None:
+    runs = [run(SINGLE, 100.0, 100.0, seed=seed) for seed in range(3)]
+    runs += [run("PCGrad", value, value, seed=seed) for seed, value in enumerate((90.0, 94.0, 60.0))]
+    runs += [run("PCGrad w/ Recon", value, value, seed=seed) for seed, value in ((0, 92.0), (1, 97.0))]
+    (found,) = (b.gain for b in tables.beside(compare(runs), "t1") if b.gain is not None)
+    assert (found.mean, found.sd, found.n) == pytest.approx((2.5, 0.5**0.5, 2))  # 2 and 3; the third seed is alone
 
 
 def test_methods_with_a_network_of_their_own_have_rows_with_and_without_recon() -> None:

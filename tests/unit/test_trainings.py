@@ -6,7 +6,7 @@ import pytest
 
 from reconmtl.errors import ReconError, UnknownNameError
 from reconmtl.evaluation import Machine
-from reconmtl.paper import controls
+from reconmtl.paper import controls, prices
 from reconmtl.paper.trainings import Setup, Sources, Training, run_all, taking
 
 
@@ -77,4 +77,4 @@ def test_what_is_shown_without_the_data_is_what_was_trained_with_it(
     shown = Setup.of("multifashion", "full", tmp_path, smoke=True, showing=True)
     assert shown.folder == trained.folder and shown.probe(0).grams.equal(log.grams)
     priced = Setup.of("multifashion", "full", tmp_path, showing=True)
-    assert controls.network_cost(priced).megabytes == pytest.approx(42.8145, abs=1e-4)
+    assert prices.network_cost(priced).megabytes == pytest.approx(42.8145, abs=1e-4)

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 from reconmtl.conflicts import ConflictLog
 from reconmtl.loop import NormStats
 from reconmtl.paper import controls, drawings
-from reconmtl.paper.controls import KS, WAYS, Priced
+from reconmtl.paper.controls import KS, WAYS
+from reconmtl.paper.prices import Priced, priced
 from reconmtl.paper.trainings import Choice, Setup, Training
 from reconmtl.plan import Plan
 
@@ -117,7 +118,7 @@ def show(setup: Setup, trainings: Sequence[Training], seeds: Sequence[int]) -> s
 
 def draw(setup: Setup, norm_stats: NormStats, trainings: Sequence[Training], seeds: Sequence[int]) -> Figure | None:
     """The gain over joint training over K, over the added parameters at each budget, and over operations."""
-    _, found = controls.priced(setup, trainings, complete(setup, trainings, seeds))
+    _, found = priced(setup, trainings, complete(setup, trainings, seeds))
     rows = {p.row.label: p for p in found}
     if not rows:
         return None
@@ -125,7 +126,7 @@ def draw(setup: Setup, norm_stats: NormStats, trainings: Sequence[Training], see
 
     def points(at: Callable[[Priced], float], of: Iterable[Training]) -> list[drawings.Point]:
         there = sorted((rows[t.row] for t in of if t.row in rows), key=at)
-        return [drawings.Point(at(p), p.row.delta_m) for p in there if p.row.delta_m is not None]
+        return [drawings.Point(at(p), p.gain) for p in there]
 
     def layers(p: Priced) -> float:
         return fmean(len(run.plan.layers) for run in p.row.runs if run.plan is not None)

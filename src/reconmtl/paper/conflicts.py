@@ -90,7 +90,7 @@ def show(setup: Setup, of: Mapping[str, Training], table: str, seeds: Sequence[i
     titles = ["cos", *logs]
     cells = []
     for i in range(len(edges) + 1):
-        line = [f"({limits[i]:g}, {limits[i + 1]:g}]"]
+        line = [f"{'(' if i else '['}{limits[i]:g}, {limits[i + 1]:g}]"]
         for label, found in logs.items():
             ours = Spread.of([shares[i] for _, shares, _ in found]).show(2)
             line.append(f"{ours} ({printed[label].shares[i]:g})" if label in printed else ours)

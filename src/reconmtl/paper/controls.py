@@ -8,19 +8,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from statistics import fmean
 from typing import TYPE_CHECKING
 
-from reconmtl.comparing import Comparison, Row, Spread, compare
+from reconmtl.comparing import Spread
 from reconmtl.conflicts import ConflictLog
 from reconmtl.formats import grid, readable
 from reconmtl.paper import drawings
-from reconmtl.paper.answers import BY_FIRST, Answered
+from reconmtl.paper.answers import BY_FIRST, SURE, Answered
+from reconmtl.paper.prices import Priced, network_cost, operations, parameters, priced
 from reconmtl.paper.trainings import Choice, Setup, Training
 from reconmtl.plan import Plan
-from reconmtl.runs import Run
-from reconmtl.splitting.costs import Cost, cost
+from reconmtl.significance import Paired
+from reconmtl.splitting.costs import Cost
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -116,20 +115,6 @@ def least_conflicts(setup: Setup, log: ConflictLog, seed: int) -> Plan:
     return Plan(tasks=log.tasks, layers=ranking.layers[-k:], chosen={"by": "least conflicts", "k": k})
 
 
-_COUNTED: dict[tuple[str, int | None, object], Cost] = {}
-"""Counting runs a split network several times, and tables, figures and pages ask for the same networks."""
-
-
-def network_cost(setup: Setup, *, plan: Plan | None = None, width: int | None = None) -> Cost:
-    """Parameters and operations of one forward of one sample, of a network that is split or wider; counted once."""
-    split = None if plan is None else tuple(sorted(plan.layers.items()))
-    key = (repr(setup.decided), width, split)
-    if key not in _COUNTED:
-        problem = setup.problem(width)
-        _COUNTED[key] = cost(problem.model().eval(), plan, sample=problem.sample())
-    return _COUNTED[key]
-
-
 def as_wide_as(measure: Callable[[Cost], float]) -> Callable[[Setup, ConflictLog], int]:
     """The narrowest unsplit network that costs at least as much as Recon's split one: the doubt is the control's gain.
 
@@ -145,17 +130,6 @@ def as_wide_as(measure: Callable[[Cost], float]) -> Callable[[Setup, ConflictLog
         return chosen
 
     return width
-
-
-def parameters(found: Cost) -> float:
-    """Parameters of a network."""
-    return found.parameters
-
-
-def operations(found: Cost) -> float:
-    """Floating-point operations of a forward."""
-    assert found.flops is not None  # a sample was given
-    return found.flops
 
 
 WAYS: dict[str, Choice] = {
@@ -226,6 +200,8 @@ FAIR = (
     Training(name="all norms", choose=norms),
 )
 """Statistics per task, at the same number of layers and of parameters."""
+CHOSEN = Training(name="recon", choose=WAYS["recon"], balancer="cagrad:c=0.2")
+"""At the K and S of the paper, which Table 1 has too."""
 BY_K = {k: Training(name=f"recon, K = {k}", choose=recon(k), balancer="cagrad:c=0.2") for k in KS}
 BY_SEVERITY = {
     s: Training(name=f"recon, S = {s:g}", choose=recon(severity=s), balancer="cagrad:c=0.2") for s in SEVERITIES
@@ -233,65 +209,10 @@ BY_SEVERITY = {
 FIGURE_3 = (
     Training(name="joint"),
     Training(name="joint", balancer="cagrad:c=0.2"),
+    CHOSEN,
     *BY_K.values(),
     *BY_SEVERITY.values(),
 )
-
-
-def costs(setup: Setup, training: Training, run: Run) -> Cost:
-    """Of the network that a run trained."""
-    if training.method == "single":
-        problem = setup.problem()
-        alone = [cost(problem.model().eval(), sample=problem.sample(), tasks=[t]) for t in problem.task_names]
-        return Cost(run.parameters, run.megabytes, sum(int(operations(c)) for c in alone), None)
-    width = training.width(setup, setup.probe(run.seed)) if training.width is not None else None
-    return network_cost(setup, plan=run.plan, width=width)
-
-
-@dataclass(frozen=True)
-class Priced:
-    """A row of controls: what it gains over joint training, and what it costs.
-
-    Attributes:
-        row: Of the comparison.
-        megabytes: Parameters beyond the joint network's, mean over seeds.
-        operations: Of a forward, in multiples of the joint network's, mean over seeds.
-    """
-
-    row: Row
-    megabytes: float
-    operations: float
-
-    @property
-    def gain(self) -> float:
-        """Delta-m relative to joint training, in percent."""
-        assert self.row.delta_m is not None  # the joint training is there
-        return self.row.delta_m.mean
-
-
-def priced(setup: Setup, trainings: Sequence[Training], seeds: Sequence[int]) -> tuple[Comparison | None, list[Priced]]:
-    """What is finished, compared with joint training and tested against Recon; None before the joint training."""
-    runs: list[Run] = []
-    found: dict[str, list[Cost]] = {}
-    for training in (Training(name="joint"), *(t for t in trainings if t.row != "joint")):
-        for seed in seeds:
-            run = training.finished(setup, seed)
-            if run is not None:
-                runs.append(replace(run, label=training.row))
-                found.setdefault(training.row, []).append(costs(setup, training, run))
-    if "joint" not in found:
-        return None, []
-    against = next((name for name in ("recon", "recon (shared statistics)") if name in found), None)
-    comparison = compare(runs, baseline="joint", against=against)
-    base = found["joint"][0]
-    return comparison, [
-        Priced(
-            row,
-            fmean(c.megabytes for c in found[row.label]) - base.megabytes,
-            fmean(operations(c) for c in found[row.label]) / operations(base),
-        )
-        for row in comparison.rows
-    ]
 
 
 def show(setup: Setup, trainings: Sequence[Training], seeds: Sequence[int]) -> str:
@@ -301,17 +222,16 @@ def show(setup: Setup, trainings: Sequence[Training], seeds: Sequence[int]) -> s
         return "Nothing is finished yet: the joint training comes first."
     cells = []
     for p in found:
-        row, paired = p.row, p.row.paired
-        assert row.delta_m is not None
+        row, paired = p.row, p.paired
         cells.append(
             [
                 row.label,
                 *(s.show(2) for s in row.metrics.values()),
-                row.delta_m.show(2, sign=True),
+                p.gain.show(2, sign=True),
                 f"{p.megabytes:+.3f}",
                 f"{p.operations:.2f}",
-                "" if p.megabytes <= 0 else readable(p.gain / p.megabytes, digits=1),
-                "" if p.operations <= 1 else readable(p.gain / (p.operations - 1), digits=1),
+                "" if p.megabytes <= 0 else readable(p.gain.mean / p.megabytes, digits=1),
+                "" if p.operations <= 1 else readable(p.gain.mean / (p.operations - 1), digits=1),
                 *(
                     ["", "", ""]
                     if paired is None
@@ -334,14 +254,33 @@ def show(setup: Setup, trainings: Sequence[Training], seeds: Sequence[int]) -> s
         "Δm per MB",
         "Δm per joint forward",
     ]
-    titles += [f"less {comparison.against}", "effect size", "p (sign flip)", "n"]
+    titles += ["Δm - recon", "effect size", "p (sign flip)", "n"]
     notes = [
+        "Δm is relative to joint training under the row's own seeds. "
         "Operations of a forward in multiples of the joint network's. A wider network is the narrowest one that has at "
         "least Recon's parameters or operations. Rows without a split (joint, single, wider) are the same at both "
-        "settings of the statistics. The effect size is the mean difference in units of its deviation over seeds.",
-        *comparison.notes(),
+        "settings of the statistics.",
+        *_tested([p.paired for p in found if p.paired is not None]),
+        *(
+            ["\n".join(["Left out:", *(f"- {o.run}: {o.reason}" for o in comparison.left_out)])]
+            * bool(comparison.left_out)
+        ),
     ]
     return "\n\n".join([grid(titles, cells), *notes])
+
+
+def _tested(pairs: Sequence[Paired]) -> list[str]:
+    """What the columns of the paired test say."""
+    if not pairs:
+        return []
+    few = sorted({p.n for p in pairs if p.smallest > SURE})
+    least = ", ".join(f"{2.0 ** (1 - n):.2g} with n = {n}" for n in few)
+    told = (
+        "Differences are to Recon's choice with the same statistics and balancer, over the seeds that both have; Recon "
+        "with shared statistics is compared with Recon. The effect size is the mean difference in units of its "
+        "deviation over seeds. p is two-sided, and not corrected for the number of rows"
+    )
+    return [told + (f"; the sign-flip test cannot give less than {least}." if few else ".")]
 
 
 def draw(setup: Setup, trainings: Sequence[Training], seeds: Sequence[int]) -> Figure | None:
@@ -349,7 +288,7 @@ def draw(setup: Setup, trainings: Sequence[Training], seeds: Sequence[int]) -> F
     _, found = priced(setup, trainings, seeds)
 
     def panel(title: str, at: Callable[[Priced], float], *, log: bool) -> drawings.Panel:
-        drawn = {p.row.label: [drawings.Point(at(p), p.row.delta_m)] for p in found if p.row.delta_m is not None}
+        drawn = {p.row.label: [drawings.Point(at(p), p.gain)] for p in found}
         return drawings.Panel(title, drawn, log=log)
 
     if not found:
@@ -366,13 +305,14 @@ def draw(setup: Setup, trainings: Sequence[Training], seeds: Sequence[int]) -> F
 def draw_choices(setup: Setup, seeds: Sequence[int]) -> Figure | None:
     """Figure 3: the gain over joint training by K, and by S."""
     _, found = priced(setup, FIGURE_3, seeds)
-    rows = {p.row.label: p.row.delta_m for p in found}
+    rows = {p.row.label: p.gain for p in found}
 
     def line(of: Mapping[float, Training] | Mapping[int, Training]) -> list[drawings.Point]:
         there = ((x, rows.get(t.row)) for x, t in sorted(of.items()))
         return [drawings.Point(x, y) for x, y in there if y is not None]
 
-    panels = [("K", line(BY_K)), ("S", line(BY_SEVERITY))]
+    k, s = setup.decided.k, setup.decided.severity  # of the chosen point, which both lines go through
+    panels = [("K", line(BY_K | ({k: CHOSEN} if k else {}))), ("S", line(BY_SEVERITY | {s: CHOSEN}))]
     if not any(points for _, points in panels):
         return None
     return drawings.lines(
@@ -382,11 +322,5 @@ def draw_choices(setup: Setup, seeds: Sequence[int]) -> Figure | None:
 
 def answered(setup: Setup, seeds: Sequence[int]) -> dict[str, Answered]:
     """The central question's rows; each tested against Recon's at the same setting of the statistics."""
-    found: dict[str, Answered] = {}
-    for norm_stats in ("per-task", "shared"):
-        of = [t for t in CENTRAL if t.norm_stats == norm_stats]
-        for p in priced(setup, of, seeds)[1]:
-            if p.row.delta_m is not None:
-                test = None if p.row.paired is None else p.row.paired.p_flip
-                found.setdefault(p.row.label, Answered(p.row.delta_m, p.megabytes, test))
-    return found
+    _, found = priced(setup, CENTRAL, seeds)
+    return {p.row.label: Answered(p.gain, p.megabytes, None if p.paired is None else p.paired.p_flip) for p in found}

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from statistics import fmean
 
 from reconmtl.comparing import Spread
 from reconmtl.formats import grid
 from reconmtl.paper.answers import Claim
-from reconmtl.paper.controls import Priced, priced
 from reconmtl.paper.controls import show as show_prices
+from reconmtl.paper.prices import Priced, priced
 from reconmtl.paper.published import agreement, load
 from reconmtl.paper.trainings import Setup, Training
 
+PD = (
+    "PD: points of accuracy less than Recon's. Ours: of the sum of the losses, with shared statistics, over the seeds "
+    "that both rows have; the paper's: mean over its seeds and over CAGrad and PCGrad."
+)
 
-def drops(found: Sequence[Priced], published: Mapping[str, str]) -> list[tuple[str, str, str, float, float]]:
-    """Points of accuracy less than Recon's, ours and the paper's mean over its seeds and balancers.
+
+def drops(found: Sequence[Priced], published: Mapping[str, str]) -> list[tuple[str, str, str, Spread, float]]:
+    """Points of accuracy less than Recon's: ours over common seeds, the paper's mean over its seeds and balancers.
 
     Args:
         found: Our rows.
@@ -26,15 +30,19 @@ def drops(found: Sequence[Priced], published: Mapping[str, str]) -> list[tuple[s
         (paper's selection, our row, task, our drop, the paper's) of each that both have.
     """
     printed = load(published["table"]).dicts()
-    means = {p.row.label: {task: s.mean for (task, _), s in p.row.metrics.items()} for p in found}
-    base = means.get(published["Recon"])
+    runs = {p.row.label: {run.seed: run.metrics for run in p.row.runs} for p in found}
+    recon = runs.get(published["Recon"], {})
     told = []
     for selection, label in published.items():
-        if selection in ("table", "Recon") or base is None or label not in means:
+        ours = runs.get(label, {})
+        both = sorted(ours.keys() & recon.keys())
+        if selection in ("table", "Recon") or not both:
             continue
-        for task, value in means[label].items():
+        for task, named in ours[both[0]].items():
+            (metric,) = named  # accuracy
+            drop = Spread.of([recon[s][task][metric] - ours[s][task][metric] for s in both])
             paper = fmean(float(row[f"{task} drop"]) for row in printed if row["selection"] == selection)
-            told.append((selection, label, task, base[task] - value, paper))
+            told.append((selection, label, task, drop, paper))
     return told
 
 
@@ -43,9 +51,8 @@ def claims(
 ) -> list[Claim]:
     """The paper's drops against Recon beside ours."""
     _, found = priced(setup, trainings, seeds)
-    n = {p.row.label: len(p.row.seeds) for p in found}
     return [
-        Claim(f"drop in {task} acc, {selection}: {label}", Spread(drop, math.nan, n[label]), paper)
+        Claim(f"drop in {task} acc, {selection}: {label}", drop, paper)
         for selection, label, task, drop, paper in drops(found, published)
     ]
 
@@ -62,14 +69,21 @@ def show(setup: Setup, published: Mapping[str, str], trainings: Sequence[Trainin
     printed = load(published["table"]).dicts()
     _, found = priced(setup, trainings, seeds)
     cells = [
-        [f"{selection}: {label}", task, f"{drop:+.2f}", f"{paper:+.2f}", agreement(drop, paper)]
+        [
+            f"{selection}: {label}",
+            task,
+            drop.show(2, sign=True),
+            str(drop.n),
+            f"{paper:+.2f}",
+            agreement(drop.mean, paper),
+        ]
         for selection, label, task, drop, paper in drops(found, published)
     ]
-    titles = ["paper's: ours", "task", "PD", "paper's", "agrees"]
+    titles = ["paper's: ours", "task", "our PD", "n", "paper's PD", "agrees"]
     lines = [
         show_prices(setup, trainings, seeds),
-        *([grid(titles, cells)] if cells else []),
-        "The paper's rows (PD: points of accuracy less than Recon's):",
+        *([PD, grid(titles, cells)] if cells else []),
+        "The paper's rows:",
         grid(
             ["paper's selection", "ours", "balancer", "seed", "digit", "PD", "fashion", "PD", "MB"],
             [

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from reconmtl.architectures import ARCHITECTURES
 from reconmtl.comparing import Comparison, Row, Spread, compare
+from reconmtl.comparing import gain as gain_of
 from reconmtl.conflicts import ConflictLog
 from reconmtl.errors import ReconError
 from reconmtl.formats import grid
@@ -129,31 +129,48 @@ class Beside:
     Attributes:
         row: Ours.
         printed: The paper's delta-m, in percent; None for its baseline, or where it has no such row.
-        gain: Our delta-m less that of the same method without Recon; None where there is none.
+        gain: Our delta-m less that of the same method without Recon, over the seeds that both have; None where there is
+            none.
         printed_gain: The paper's.
     """
 
     row: Row
     printed: float | None
-    gain: float | None
+    gain: Spread | None
     printed_gain: float | None
 
     @property
     def agrees(self) -> str:
         """In words: the sign of the gain by Recon, and whether its size is within a factor of two."""
-        return agreement(self.gain, self.printed_gain)
+        return agreement(None if self.gain is None else self.gain.mean, self.printed_gain)
 
 
 def beside(comparison: Comparison, table: str) -> list[Beside]:
     """Our rows beside those of one of the paper's tables."""
     printed = {r.method: r.delta_m.value for r in results(table)[0] if r.delta_m is not None}
-    ours = {r.label: r.delta_m.mean for r in comparison.rows if r.delta_m is not None}
+    base = next((r for r in comparison.rows if r.label == comparison.baseline), None)
+    directions = comparison.directions
+    mean = None if base is None else {t: {m: base.metrics[t, m].mean for m in of} for t, of in directions.items()}
+    runs = {r.label: {run.seed: run.metrics for run in r.runs} for r in comparison.rows}
 
-    def gain(of: Mapping[str, float], label: str) -> float | None:
-        base = label.removesuffix("*").removesuffix(" w/ Recon")
-        return of[label] - of[base] if base != label and base in of and label in of else None
+    def gain(label: str) -> Spread | None:
+        with_it, without = runs[label], runs.get(_without(label), {})
+        both = sorted(with_it.keys() & without.keys())
+        if label == _without(label) or mean is None or not both:
+            return None
+        each = [gain_of(with_it[s], mean, directions) - gain_of(without[s], mean, directions) for s in both]
+        return Spread.of(each)
 
-    return [Beside(r, printed.get(r.label), gain(ours, r.label), gain(printed, r.label)) for r in comparison.rows]
+    def printed_gain(label: str) -> float | None:
+        other = _without(label)
+        return printed[label] - printed[other] if other != label and {label, other} <= printed.keys() else None
+
+    return [Beside(r, printed.get(r.label), gain(r.label), printed_gain(r.label)) for r in comparison.rows]
+
+
+def _without(label: str) -> str:
+    """The same method without Recon."""
+    return label.removesuffix("*").removesuffix(" w/ Recon")
 
 
 def claims(setup: Setup, of: Mapping[str, Training], table: str, seeds: Sequence[int]) -> list[Claim]:
@@ -168,7 +185,7 @@ def claims(setup: Setup, of: Mapping[str, Training], table: str, seeds: Sequence
         if b.row.delta_m is not None and b.printed is not None:
             told.append(Claim(f"Δm of {b.row.label}", b.row.delta_m, b.printed))
         if b.gain is not None and b.printed_gain is not None:
-            told.append(Claim(f"gain in Δm, {b.row.label}", Spread(b.gain, math.nan, len(b.row.seeds)), b.printed_gain))
+            told.append(Claim(f"gain in Δm, {b.row.label}", b.gain, b.printed_gain))
     return told
 
 
@@ -204,15 +221,20 @@ def show(setup: Setup, of: Mapping[str, Training], table: str, seeds: Sequence[i
             "" if b.row.delta_m is None else b.row.delta_m.show(2, sign=True),
             number(b.printed),
             agreement(None if b.row.delta_m is None else b.row.delta_m.mean, b.printed),
-            number(b.gain),
+            str(len(b.row.seeds)),
+            "" if b.gain is None else b.gain.show(2, sign=True),
             number(b.printed_gain),
             b.agrees,
-            str(len(b.row.seeds)),
+            "" if b.gain is None else str(b.gain.n),
         ]
         for b in found
     ]
-    titles = ["method", "Δm (%)", "paper's Δm", "agrees", "gain by Recon", "paper's gain", "agrees", "n"]
-    return "\n\n".join([*parts, "Beside the paper (its n = 3):", grid(titles, cells), *_in_common(runs)])
+    titles = ["method", "Δm (%)", "paper's Δm", "agrees", "n"]
+    titles += ["gain by Recon", "paper's gain", "agrees", "n"]
+    head = (
+        "Beside the paper (its n = 3). Gains by Recon are over the seeds that the row and the one without Recon have:"
+    )
+    return "\n\n".join([*parts, head, grid(titles, cells), *_in_common(runs)])
 
 
 def _in_common(runs: Sequence[Run]) -> list[str]:
