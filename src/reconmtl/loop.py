@@ -279,7 +279,7 @@ class _Training:
         if self.replicas is not None:
             self.replicas.average_grads(dict(model.named_parameters()))
         if self.epoch == 1:
-            self.reached.update(n for n, p in model.named_parameters() if p.grad is not None)
+            self.reached.update(self._reached(batches))
         self.optimizer.step()
         self.total += each.sum()
         if len(self.recent) >= LOOK:
@@ -287,6 +287,21 @@ class _Training:
         if self.probe is not None and self.balancer is not None and self.balancer.rule.looks_again:
             with torch.no_grad(), undisturbed(model), fabric.autocast():
                 self.probe.again(self.forward.losses(batches))
+
+    def _reached(self, batches: Batches) -> set[str]:
+        """Names of parameters that the losses of this step reach."""
+        named = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+        if self.forward.backend is None or len(self.absent) > 1:
+            return {n for n, p in named.items() if p.grad is not None}
+        if self.reached:
+            return self.reached
+        # A compiled graph gives zeros to parameters of which a plain one knows that they are not used.
+        with undisturbed(self.model), self.fabric.autocast():
+            losses = list(Forward(self.job.problem, self.model).losses(batches).values())
+            if not losses:
+                return set()
+            found = torch.autograd.grad(torch.stack(losses).sum(), list(named.values()), allow_unused=True)
+        return {n for n, g in zip(named, found, strict=True) if g is not None}
 
     def _look(self) -> None:
         """See whether the losses were finite; seldom, because this waits for the device.

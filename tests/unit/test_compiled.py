@@ -18,7 +18,7 @@ from reconmtl.errors import ProblemError, RunError
 from reconmtl.evaluation import Machine
 from reconmtl.forward import Forward
 from reconmtl.plan import Plan
-from reconmtl.problems import planted
+from reconmtl.problems import multifashion, planted
 from reconmtl.splitting import split
 from reconmtl.splitting.outputs import get_task
 from reconmtl.splitting.structure import tensors
@@ -178,6 +178,17 @@ def test_a_compiled_training_ends_like_one_that_is_not(how: str) -> None:
     expected = plain.model().state_dict()
     for name, value in compiled.model().state_dict().items():
         torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_what_a_compiled_single_task_network_does_not_use_does_not_count() -> None:
+    of = multifashion.make(data="mini", width=1)
+    sizes = {
+        compiled: rm.fit(of, method="single", epochs=1, batch_size=8, machine=Machine(compile=compiled, max_batches=2))[
+            0
+        ].parameters
+        for compiled in (False, "aot_eager")  # which makes one operation of the whole graph, as the default does
+    }
+    assert sizes["aot_eager"] == sizes[False] < 2 * sum(p.numel() for p in of.model().parameters())
 
 
 def test_what_looks_into_the_graph_runs_as_it_is() -> None:
