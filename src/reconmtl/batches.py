@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import default_collate
 
 from reconmtl.errors import ProblemError
@@ -126,13 +126,17 @@ def length(values: Any) -> int:  # noqa: ANN401 nested containers of tensors
     return found[0] if found else 0
 
 
-def call(model: nn.Module, inputs: Any) -> Any:  # noqa: ANN401 whatever the model takes and returns
+def call(model: Callable[..., Any], inputs: Any) -> Any:  # noqa: ANN401 whatever the model takes and returns
     """Run `model(x)` for a tensor, `model(*x)` for a tuple or list, `model(**x)` for a mapping."""
+    args, kwargs = arguments(inputs)
+    return model(*args, **kwargs)
+
+
+def arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:  # noqa: ANN401 whatever the model takes
+    """Positional and keyword arguments of a model's call."""
     if isinstance(inputs, Mapping):
-        return model(**inputs)
-    if isinstance(inputs, (tuple, list)):
-        return model(*inputs)
-    return model(inputs)
+        return (), dict(inputs)
+    return (tuple(inputs), {}) if isinstance(inputs, (tuple, list)) else ((inputs,), {})
 
 
 def _owned(pair: Any, own: str | None) -> Any:  # noqa: ANN401 of the user

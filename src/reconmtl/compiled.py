@@ -2,29 +2,35 @@
 
 from __future__ import annotations
 
-import copy
 import importlib.util
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from reconmtl.batches import call, map_leaves
+from reconmtl.batches import arguments, call
 from reconmtl.buffers import undisturbed
-from reconmtl.errors import RunError, nearest
-from reconmtl.randomness import random_states
+from reconmtl.errors import ReconError, RunError, SplitError, nearest
+from reconmtl.randomness import untouched_randomness
+from reconmtl.splitting.adapted import adopt
 from reconmtl.splitting.compiling import is_compiler_error
-from reconmtl.splitting.groups import refine
+from reconmtl.splitting.objects import DEPTH, is_object
 from reconmtl.splitting.outputs import get_task
-from reconmtl.splitting.ownership import plain_copy
-from reconmtl.splitting.storage import copies, record
+from reconmtl.splitting.ownership import own_inputs
+from reconmtl.splitting.refusals import written_state
+from reconmtl.splitting.rehearsal import apart, projected_gradients, random_state
+from reconmtl.splitting.storage import MANAGED, RECORD, STANDARD, record
+from reconmtl.splitting.structure import ATOMS, children, tensors
+from reconmtl.splitting.together import Repeats, noting, together
+from reconmtl.splitting.tolerances import KERNELS, Shown, differences
 
 BACKEND = "inductor"
 """What `compile=True` stands for."""
-TOLERANCE = 1e-5
-"""Difference, relative to the largest value, at which two ways to compute one network are no longer the same."""
+Function = Callable[..., Any]
+GRADIENTS = 100.0
+"""How much farther than outputs gradients may be apart: terms are added in another order."""
 
 
 def compile_faults(backend: str, device: torch.device) -> list[str]:
@@ -48,16 +54,18 @@ def compile_faults(backend: str, device: torch.device) -> list[str]:
 
 
 class Compiled:
-    """Calls a network in training as a compiled graph.
+    """Calls a network in training as a compiled graph that returns {task: output}.
 
-    A split network is compiled as one graph of its tasks' networks; modules that compute the same for every task run
-    once in it. Whether that is what the split network computes is looked at on a copy at the first batch. Split
-    networks of which it is not, and those that draw random numbers (dropout), which cannot be compared, run as they are
-    after a warning.
+    A split network is compiled as one function, the networks of its groups of tasks; modules that compute the same for
+    several of them run once in it. Before anything is traced, at the first batch and at every one that PyTorch cannot
+    run with the graphs that it has, this function is compared with the split network on a copy: outputs, gradients and
+    buffers. Split networks that it does not repeat run as they are after a warning, and so do those of which that
+    cannot be told: they draw random numbers (dropout), keep something in attributes, or cannot be one graph (their path
+    depends on values).
 
     Args:
         model: Split or not, on the device where it stays.
-        tasks: Names of the outputs.
+        tasks: Names of the outputs that are wanted; the graph computes no others.
         backend: Of torch.compile.
 
     Attributes:
@@ -70,199 +78,241 @@ class Compiled:
         self.backend = backend
         self.why_not = ""
         self._run: Callable[..., Any] | None = None
+        self._held: list[object] = []  # of a split network: modes and tensors that the compiled function has
+        self._repeats: Repeats = {}
+        self._gate = _Gate()
 
     def __call__(self, inputs: Any) -> Any:  # noqa: ANN401 whatever the model takes and returns
-        """The network's outputs.
+        """The outputs of these tasks; all of them if the network runs as it is.
 
         Raises:
             RunError: If torch.compile cannot compile it.
         """
-        if self._run is None:
-            whole = self.model if record(self.model) is None else self._together(inputs)
-            self._run = self.model if whole is None else torch.compile(whole, backend=self.backend)
-            if self.why_not:
-                told = f"{type(self.model).__name__} runs as it is, without torch.compile: {self.why_not}."
-                warnings.warn(told, RuntimeWarning, stacklevel=2)
+        if record(self.model) is None:
+            self._run = self._run or self._compiled(_outputs(self.model, self.tasks))
+        elif not self.why_not and (self._run is None or self._held != _held(self.model)):
+            self._together(inputs)
+        while not self.why_not:
+            assert self._run is not None
+            try:
+                out = call(self._run, inputs)
+                self._gate.open = False
+                return out
+            except Exception as error:
+                asked, self._gate.asked, self._gate.open = self._gate.asked, False, False
+                if asked:
+                    self._together(inputs, again=True)
+                elif _is_kind(error, "FailOnRecompileLimitHit"):
+                    self._leave("torch.compile has made too many graphs, as batches are of many kinds")
+                elif not is_compiler_error(error):
+                    raise
+                elif record(self.model) is not None and not _is_kind(error, "BackendCompilerFailed"):
+                    self._leave(f"torch.compile cannot make one graph of it ({_reason(error)})")
+                else:
+                    self._refuse(inputs, error)
+        return call(self.model, inputs)
+
+    def _together(self, inputs: Any, *, again: bool = False) -> None:  # noqa: ANN401 whatever the model takes
+        """Make the function for a batch, or see that a batch of another kind can have the one that there is."""
         try:
-            return call(self._run, inputs)  # type: ignore[arg-type]  # torch.compile returns what it was given
-        except Exception as error:
-            if not is_compiler_error(error):
-                raise
-            with undisturbed(self.model):
-                call(self.model, inputs)  # what is wrong with the network itself is told as without compilation
-            told = " ".join(str(error).partition("\n\n")[0].split())
-            raise RunError(
-                f"torch.compile (backend {self.backend!r}) cannot compile {type(self.model).__name__}: {told[:300]} "
-                "Leave out `compile`."
-            ) from error
+            with untouched_randomness():
+                repeats = checked(self.model, self.tasks, inputs)
+        except Apart as error:
+            self._leave(str(error))
+            return
+        if again and repeats != self._repeats:
+            self._leave("what its tasks have in common depends on the batch")
+            return
+        if not again:
+            self._run = self._compiled(together(self.model, self.tasks, repeats, self._gate.pass_through), whole=True)
+            self._held, self._repeats = _held(self.model), repeats
+        self._gate.open = True
 
-    def _together(self, inputs: Any) -> nn.Module | None:  # noqa: ANN401 whatever the model takes
-        """The tasks' views as one module; None, with the reason kept, if it would not be the same."""
-        twin = copy.deepcopy(self.model)
-        _set_apart(twin)
-        with undisturbed(twin):
-            before = random_states()
-            expected = call(twin, inputs)
-            drawn = not _same(before, random_states())
-            moved = _buffers(twin)
-        if drawn:
-            self.why_not = "its forward draws random numbers (dropout)"
-            return None
-        with undisturbed(twin):
-            common = _common(twin, inputs)
-        trial = Together(twin, self.tasks, common)
-        with undisturbed(twin):
-            found = call(trial, inputs)
-            left = _buffers(twin)
-        wrong = [t for t in self.tasks if not _near(get_task(expected, t), found[t])]
-        if wrong or moved.keys() != left.keys() or any(not _near(moved[n], left[n]) for n in moved):
-            self.why_not = "its tasks depend on each other in a way that one graph of their networks does not repeat"
-            return None
-        return Together(self.model, self.tasks, common)
+    def _compiled(self, function: Function, *, whole: bool = False) -> Callable[..., Any]:
+        # PyTorch counts how often it compiles a code object, and gives up; each network shall have its own.
+        function.__code__ = function.__code__.replace()
+        return torch.compile(function, backend=self.backend, fullgraph=whole)
+
+    def _leave(self, why: str) -> None:
+        self.why_not, self._run = why, None
+        told = f"{type(self.model).__name__} runs as it is, without torch.compile: {why}."
+        warnings.warn(told, RuntimeWarning, stacklevel=4)
+
+    def _refuse(self, inputs: Any, error: Exception) -> None:  # noqa: ANN401 whatever the model takes
+        with undisturbed(self.model):
+            call(self.model, inputs)  # what is wrong with the network itself is told as without compilation
+        raise RunError(
+            f"torch.compile (backend {self.backend!r}) cannot compile {type(self.model).__name__}: {_told(error)} "
+            "Leave out `compile`."
+        ) from error
 
 
-class Together(nn.Module):
-    """The networks of a split network's groups of tasks as one module, for torch.compile.
-
-    Args:
-        model: The split network, whose tensors it shares.
-        tasks: Names of the outputs.
-        common: Names of modules that compute the same for every task; they run once, for the first group.
-    """
-
-    def __init__(self, model: nn.Module, tasks: Sequence[str], common: Sequence[str]) -> None:
-        super().__init__()
-        networks = _networks(model)
-        self.networks = nn.ModuleList(networks.values())
-        self.tasks = [[t for t in names if t in tasks] for names in networks]
-        self.kept = [_Kept() for _ in common]
-        for i, network in enumerate(self.networks):
-            for name, kept in zip(common, self.kept, strict=True):
-                module = network.get_submodule(name)
-                module.forward = kept.keeping(module.forward) if i == 0 else kept.repeat
-
-    def forward(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # noqa: ANN401 as the model
-        """{task: output}."""
-        found = {}
-        for tasks, network in zip(self.tasks, self.networks, strict=True):
-            for kept in self.kept:
-                kept.next = 0
-            out = network(*args, **kwargs)
-            for task in tasks:
-                found[task] = get_task(out, task)
-        for kept in self.kept:
-            kept.values.clear()
-        return found
-
-
-def _networks(model: nn.Module) -> dict[tuple[str, ...], nn.Module]:
-    """Tasks that agree on every copy -> their network, in its original classes, sharing every tensor."""
-    records = [rec for m in model.modules() if (rec := record(m)) is not None]
-    family = records[0].family
-    groups = refine((family.full,), *(p for rec in records for p in rec.partitions()))
-    return {family.names(g): plain_copy(model, g, share_buffers=True) for g in groups}
-
-
-class _Kept:
-    """What one module returned, call by call; handed out as clones, which a network may change in place."""
+class _Gate:
+    """What torch.compile passes whenever it traces a function anew; closed, it stops it before anything has run."""
 
     def __init__(self) -> None:
-        self.values: list[Any] = []
-        self.next = 0
+        self.open = self.asked = False
 
-    def keeping(self, forward: Callable[..., Any]) -> Callable[..., Any]:
-        def keep(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 as the module
-            value = forward(*args, **kwargs)
-            self.values.append(value)
-            return _cloned(value)
+    def pass_through(self) -> None:
+        if not self.open:
+            self.asked = True
+            raise RuntimeError("traced before it was checked")
 
-        return keep
-
-    def repeat(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 as the module
-        del args, kwargs  # they are those of the first network
-        self.next += 1
-        return _cloned(self.values[self.next - 1])
+    pass_through._dynamo_marked_constant = True  # type: ignore[attr-defined]  # see check_graph_may_break
 
 
-def _cloned(value: Any) -> Any:  # noqa: ANN401 as the module
-    return map_leaves(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, value)
+def _outputs(model: nn.Module, tasks: Sequence[str]) -> Function:
+    """An ordinary network as a function of no more than the wanted outputs: no other has a gradient, not even zeros."""
+
+    def run(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 whatever the model takes and returns
+        out = model(*args, **kwargs)
+        return {t: out[t] for t in tasks if t in out} if isinstance(out, Mapping) else out
+
+    return run
 
 
-def _set_apart(model: nn.Module) -> None:
-    """Move every copy of a split layer by a little of its own: where tasks still agree, nothing of theirs has been."""
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for module in model.modules():
-            rec = record(module)
-            if rec is None or not rec.params:
-                continue
-            for p in copies(module).parameters():
-                noise = torch.randn(p.shape, generator=generator).to(p)
-                p.add_(noise * (0.01 + 0.1 * p.abs().mean()))
+def _held(model: nn.Module) -> list[object]:
+    """The modes and tensors of a network; other ones need another compiled function."""
+    return [
+        x
+        for m in model.modules()
+        for x in (m.training, *map(id, m._parameters.values()), *map(id, m._buffers.values()))
+    ]
 
 
-def _common(model: nn.Module, inputs: Any) -> list[str]:  # noqa: ANN401 whatever the model takes
-    """The outermost modules that get and give the same in every group's network, call by call."""
-    seen = []
-    for network in _networks(model).values():
-        calls: dict[str, list[Any]] = {}
-        hooks = [m.register_forward_hook(_noting(calls, n), with_kwargs=True) for n, m in network.named_modules()]
-        call(network, inputs)
-        for hook in hooks:
-            hook.remove()
-        seen.append(calls)
-    first, others = seen[0], seen[1:]
-    same = {n for n, calls in first.items() if None not in calls and all(o.get(n) == calls for o in others)}
-    return [n for n in first if n in same and n and not any(n.startswith(f"{o}.") for o in same)]
+def _told(error: Exception) -> str:
+    return " ".join(str(error).partition("\n\n")[0].split())[:300]
 
 
-def _noting(calls: dict[str, list[Any]], name: str) -> Callable[..., None]:
-    def note(_module: nn.Module, args: Any, kwargs: Any, out: Any) -> None:  # noqa: ANN401 as the module
-        calls.setdefault(name, []).append(_digest((args, kwargs, out)))
-
-    return note
+def _reason(error: Exception) -> str:
+    return str(error).partition("\n")[0].strip(" .")[:150]
 
 
-def _digest(value: Any) -> Any:  # noqa: ANN401 anything
-    """A few numbers that tell values apart; None where they cannot."""
-    if isinstance(value, Tensor):
-        flat = value.detach().double().flatten()
-        weights = torch.linspace(1, 2, flat.numel(), dtype=flat.dtype, device=flat.device)
-        return (tuple(value.shape), value.dtype, float(flat.sum()), float(flat @ weights))
-    if value is None or isinstance(value, (int, float, str)):
-        return (value,)
-    if isinstance(value, Mapping):
-        value = [x for pair in value.items() for x in pair]
-    if isinstance(value, (tuple, list)):
-        parts = [_digest(v) for v in value]
-        return None if None in parts else (len(parts), *parts)
-    return None
+def _is_kind(error: Exception, *names: str) -> bool:
+    return any(k.__name__ in names for k in type(error).__mro__)  # importing the classes would load the compiler
 
 
-def _buffers(model: nn.Module) -> dict[str, Tensor]:
-    return {n: b.detach().clone() for n, b in model.named_buffers()}
+# Is it the same? ------------------------------------------------------------------------------------------------------
 
 
-def _same(before: Any, after: Any) -> bool:  # noqa: ANN401 nested states
-    if isinstance(before, Tensor):
-        return torch.equal(before, after)
-    if isinstance(before, dict):
-        return all(_same(before[k], after[k]) for k in before)
-    if isinstance(before, (list, tuple)):
-        return len(before) == len(after) and all(_same(a, b) for a, b in zip(before, after, strict=True))
-    return bool(before == after)
+class Apart(Exception):
+    """Why a split network cannot run as one function."""
 
 
-def _near(expected: Any, found: Any) -> bool:  # noqa: ANN401 outputs of the user's network
-    if isinstance(expected, Tensor):
-        if not isinstance(found, Tensor) or expected.shape != found.shape:
-            return False
-        if not expected.is_floating_point():
-            return torch.equal(expected, found)
-        a, b = expected.detach().double(), found.detach().double()
-        return bool((a - b).abs().max() <= TOLERANCE * a.abs().max()) if a.numel() else True
-    if isinstance(expected, (list, tuple)):
-        return len(expected) == len(found) and all(_near(a, b) for a, b in zip(expected, found, strict=True))
-    if isinstance(expected, Mapping):
-        return expected.keys() == found.keys() and all(_near(expected[k], found[k]) for k in expected)
-    return True
+def checked(model: nn.Module, tasks: Sequence[str], inputs: Any) -> Repeats:  # noqa: ANN401 whatever the model takes
+    """Compare a split network with one function of its tasks' networks, on a copy whose task copies are moved apart.
+
+    Args:
+        model: The split network; nothing in it changes, but it learns what it would learn from its first call.
+        tasks: Names of the outputs.
+        inputs: A batch.
+
+    Returns:
+        Which modules that function runs once for several networks.
+
+    Raises:
+        Apart: If they differ, or nothing can be told.
+    """
+    if any(isinstance(m, nn.SyncBatchNorm) for m in model.modules()):
+        raise Apart("its SyncBatchNorms wait for other processes, which need not look at the same batches")
+    try:
+        twin = apart(model, dropout=True)
+        call(twin, _own(inputs))
+    except ReconError:
+        raise
+    except Exception:  # it does not stand moved copies (a matrix that is no covariance any more)
+        twin = apart(model, moved=False, dropout=True)
+        call(twin, _own(inputs))
+    adopt(model, twin)
+    mine = _own(inputs)
+    with undisturbed(twin):
+        written, kept, random = _states(mine), _attributes(twin), random_state()
+        call(twin, mine)
+        if random != random_state():
+            raise Apart("its forward draws random numbers (dropout)")
+        if name := _changed(kept, _attributes(twin)):
+            raise Apart(f"its forward keeps something in an attribute ({name})")
+        if written != _states(mine):
+            raise Apart("its forward writes to its inputs")
+    noted = apart(model, moved=False, dropout=True)  # that it is watched leaves traces in what it learns
+    with noting(noted) as repeats:
+        call(noted, _own(inputs))
+    expected = _show(twin, twin, tasks, inputs)
+    try:
+        found = _show(twin, together(twin, tasks, repeats), tasks, inputs)
+        limits = _limits(twin)
+        far = [d for d in differences(found, expected, "compiled") if not d.size <= limits[d.kind]]
+    except (SplitError, IndexError, KeyError, AttributeError, TypeError, RuntimeError) as error:
+        raise Apart(f"its tasks' networks do not run one by one ({_reason(error)})") from error
+    if far:
+        raise Apart(f"its tasks depend on each other in a way that their networks do not repeat ({far[0].at})")
+    return repeats
+
+
+def _own(inputs: Any) -> Any:  # noqa: ANN401 whatever the model takes
+    """Copies of a batch, which a forward may write to."""
+    args, kwargs = own_inputs(*arguments(inputs))
+    return kwargs or tuple(args)
+
+
+def _states(inputs: Any) -> list[object]:  # noqa: ANN401 whatever the model takes
+    return [written_state(t) for t in tensors(inputs)]
+
+
+def _show(twin: nn.Module, network: Callable[..., Any], tasks: Sequence[str], inputs: Any) -> Shown:  # noqa: ANN401
+    """Outputs, gradients and buffers of one step, without graph."""
+    with undisturbed(twin):
+        out = call(network, _own(inputs))
+        outputs = [t for task in tasks for t in tensors(get_task(out, task))]
+        params = {n: p for n, p in twin.named_parameters() if p.requires_grad}
+        try:
+            grads = projected_gradients(outputs, params, retain=False)
+        except RuntimeError:  # of some output there is none; nothing says that it is trained
+            grads = None
+        buffers = {n: b.detach().clone() for n, b in twin.named_buffers()}
+    return Shown([t.detach() for t in outputs], grads, buffers)
+
+
+def _limits(model: nn.Module) -> dict[str, float]:
+    """How far outputs, gradients and buffers may be apart."""
+    kinds = {p.dtype for p in model.parameters()}
+    for device in {p.device.type for p in model.parameters()}:
+        if torch.is_autocast_enabled(device):
+            kinds.add(torch.get_autocast_dtype(device))
+    limit = max(KERNELS.get(k, 0.0) for k in kinds)
+    return {"output": limit, "buffer": limit, "gradient": min(GRADIENTS * limit, KERNELS[torch.bfloat16])}
+
+
+Attribute = tuple[str, object, object]
+"""Where something is kept, what it is, and how it was written."""
+
+
+def _attributes(model: nn.Module) -> list[Attribute]:
+    """What modules hold besides parameters, buffers and modules; also inside of containers and objects."""
+    return [
+        kept
+        for name, module in model.named_modules()
+        for key, value in module.__dict__.items()
+        if key not in MANAGED and key not in STANDARD and key != RECORD
+        for kept in _leaves(f"{name}.{key}".lstrip("."), value, 0)
+    ]
+
+
+def _leaves(name: str, value: Any, depth: int) -> Iterator[Attribute]:  # noqa: ANN401 any attribute
+    yield name, value, written_state(value) if isinstance(value, Tensor) else _length(value)
+    if depth < DEPTH and not isinstance(value, nn.Module):
+        for member in children(value) or (vars(value).values() if is_object(value) else ()):
+            yield from _leaves(name, member, depth + 1)
+
+
+def _length(value: Any) -> int | None:  # noqa: ANN401 any attribute
+    return len(value) if isinstance(value, (set, list, tuple, Mapping)) else None
+
+
+def _changed(before: list[Attribute], after: list[Attribute]) -> str:
+    """The first attribute that is not as it was; "" if all are."""
+    for (name, a, state), (other, b, now) in zip(before, after, strict=False):
+        same = a is b or (type(a) in ATOMS and type(a) is type(b) and a == b)
+        if name != other or not same or state != now:
+            return name
+    return "" if len(before) == len(after) else (max(before, after, key=len)[-1][0])

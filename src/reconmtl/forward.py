@@ -33,24 +33,36 @@ class Forward:
         self.model = model
         self.backend = backend
         self._views: dict[str, nn.Module] = {}
-        self._compiled: dict[nn.Module, Compiled] = {}
+        self._compiled: dict[tuple[nn.Module, str], Compiled] = {}
 
-    def __call__(self, own: str, inputs: Any) -> Any:  # noqa: ANN401 whatever the model takes and returns
-        """Outputs {task: output}; for a task's own data only that task's is sure to be there."""
+    def __call__(self, own: str, inputs: Any, targets: Targets | None = None) -> Any:  # noqa: ANN401 as the model
+        """Outputs {task: output}; for a task's own data only that task's is sure to be there.
+
+        Args:
+            own: The data set.
+            inputs: Of a batch.
+            targets: Of it. A compiled graph gives every task's layers a gradient, zeros where a task has no loss; plain
+                networks give them none. So a batch without any target of a task runs as it is.
+        """
+        network = self._network(own)
+        wanted = self.problem.task_names if own == ALL else (own,)
+        if self.backend is None or not network.training or not torch.is_grad_enabled():
+            return call(network, inputs)
+        if targets is not None and any(t not in targets for t in wanted):
+            return call(network, inputs)
+        key = network, own
+        if key not in self._compiled:
+            self._compiled[key] = Compiled(network, wanted, self.backend)
+        return self._compiled[key](inputs)
+
+    def _network(self, own: str) -> nn.Module:
         if own == ALL or record(self.model) is None:  # unsplit: all tasks are computed, and one of them is taken
-            return self._call(self.model, inputs)
+            return self.model
         if own not in self._views:
             self._views[own] = view(self.model, own)
         if self._views[own].training != self.model.training:
             self._views[own].train(self.model.training)
-        return self._call(self._views[own], inputs)
-
-    def _call(self, network: nn.Module, inputs: Any) -> Any:  # noqa: ANN401 whatever the model takes and returns
-        if self.backend is None or not network.training or not torch.is_grad_enabled():
-            return call(network, inputs)
-        if network not in self._compiled:
-            self._compiled[network] = Compiled(network, self.problem.task_names, self.backend)
-        return self._compiled[network](inputs)
+        return self._views[own]
 
     def losses(self, batches: Batches) -> dict[str, Tensor]:
         """Weighted loss of each task that the batches have targets for, in the order of the tasks."""
@@ -68,7 +80,7 @@ class Forward:
     def _losses(self, batches: Batches, apart: dict[str, Tensor] | None) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}
         for own, (inputs, targets) in batches.items():
-            outputs = self(own, inputs)
+            outputs = self(own, inputs, targets)
             found |= self.problem.losses(outputs, targets)
             if apart is not None:
                 before = random_states()

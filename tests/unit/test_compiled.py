@@ -2,7 +2,9 @@
 
 import copy
 import random
-from collections.abc import Iterator
+import re
+import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +19,23 @@ from reconmtl.compiled import Compiled, compile_faults
 from reconmtl.errors import ProblemError, RunError
 from reconmtl.evaluation import Machine
 from reconmtl.forward import Forward
+from reconmtl.layers import TaskCopies
 from reconmtl.plan import Plan
 from reconmtl.problems import multifashion, planted
 from reconmtl.splitting import split
 from reconmtl.splitting.outputs import get_task
 from reconmtl.splitting.structure import tensors
+from reconmtl.splitting.together import together
 from zoo import NETS, TASKS, ZOO, build, sample, shared_layers, without_dropout
 
 CPU = torch.device("cpu")
-AS_THEY_ARE = {"remembering", "soft_sharing"}
-"""What they keep from one task's pass to another's is no function of one task's network."""
+AS_THEY_ARE = {
+    "soft_sharing": "tasks depend on each other",  # a task's network runs the shared attention for the other tasks too
+    "remembering": r"keeps something in an attribute \(trunk\.1\.steps\)",
+    "norms": "cannot make one graph",  # a BatchNorm's cumulative average depends on a count that is a tensor
+    **dict.fromkeys(("lstm", "gru", "rnn"), "cannot make one graph"),
+}
+"""Networks of the zoo that one graph cannot repeat."""
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage:UserWarning"),
@@ -90,9 +99,10 @@ def test_a_compiled_split_network_is_the_split_network(name: str, groups: Any) -
     model = perturb(split(net, plan, atomic=NETS[name].atomic, sample=sample(name)))
     twin, compiled = copy.deepcopy(model), Compiled(model, TASKS, "eager")
     if name in AS_THEY_ARE:
-        with pytest.warns(RuntimeWarning, match="tasks depend on each other"):
+        with pytest.warns(RuntimeWarning, match=AS_THEY_ARE[name]):
             compiled(sample(name))
-        model.load_state_dict(twin.state_dict())
+        model = copy.deepcopy(twin)
+        compiled.model = model
     for _ in range(2):  # running statistics too
         expected = step(lambda x: call(twin, x), twin, sample(name))
         same(model, twin, step(compiled, model, sample(name)), expected)
@@ -109,24 +119,222 @@ class Stem(nn.Module):
         self.heads = nn.ModuleDict({t: nn.Linear(6, 1) for t in TASKS})
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
-        z = self.norm(self.first(x)).relu_().mul_(2)
+        z = self.norm(self.first(x)).mul_(2).relu_()
         z = self.drop(self.second(z)) + self.norm(z)
         return {t: head(z) for t, head in self.heads.items()}
 
 
 def test_what_tasks_share_before_the_first_split_runs_once() -> None:
+    seen: list[str] = []
+
+    def counting(graph: Any, _: Any) -> Any:
+        seen.extend(str(n.target) for n in graph.graph.nodes if n.op == "call_function")
+        return graph
+
+    torch._dynamo.register_backend(counting)
     x = torch.randn(5, 4)
     model = perturb(split(Stem(), Plan(tasks=TASKS, layers=["second"]), sample=x))
-    twin = copy.deepcopy(model)
-    compiled = Compiled(model, TASKS, "eager")
-    found = compiled(x)
-    expected = twin(x)
-    for t in TASKS:
-        torch.testing.assert_close(found[t], expected[t])
-    assert model.get_buffer("norm.num_batches_tracked") == twin.get_buffer("norm.num_batches_tracked") == 2
-    (kept,) = [vars(k)["kept"] for k in vars(compiled)["_run"].modules() if "kept" in vars(k)]
-    assert len(kept) == 2  # first, and both calls of norm
-    assert all(not k.values for k in kept)  # nothing outlives the pass
+    Compiled(model, TASKS, "counting")(x)
+    assert sum("batch_norm" in f for f in seen) == 2
+    assert sum("linear" in f for f in seen) == 1 + 3 + 3 * 2  # first; second; heads, for their task and for the others
+    assert model.get_buffer("norm.num_batches_tracked") == 2
+
+
+# What a first batch does not show. ------------------------------------------------------------------------------------
+
+
+class Steps(nn.Module):
+    """Three layers, the second one split, and what happens around it."""
+
+    def __init__(self, norm: type[nn.Module] = nn.Identity) -> None:
+        super().__init__()
+        self.first, self.second, self.third = nn.Linear(4, 6), nn.Linear(6, 6), nn.Linear(6, 6)
+        self.norm = norm() if norm is nn.Identity else nn.BatchNorm1d(6)
+        self.heads = nn.ModuleDict({t: nn.Linear(6, 1) for t in TASKS})
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return self.out(self.third(self.norm(self.second(self.first(x)))))
+
+    def out(self, z: Tensor) -> dict[str, Tensor]:
+        return {t: head(z) for t, head in self.heads.items()}
+
+
+class Gated(Steps):
+    """At first the split layer adds nothing to what is behind it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Parameter(torch.zeros(6))
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        z = self.first(x)
+        return self.out(self.third(z + self.gate * self.second(z)))
+
+
+class Sized(Steps):
+    """The split layer is there for large batches only."""
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        z = self.first(x)
+        return self.out(self.third(self.second(z) if len(z) > 5 else z))
+
+
+class Valued(Steps):
+    """The split layer is there for some inputs only."""
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        z = self.first(x)
+        return self.out(self.third(self.second(z) if x.sum() > 0 else z))
+
+
+class Clamping(Steps):
+    """A module changes what it gets, but not the first values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.clamp = nn.Hardtanh(-9.0, 9.0, inplace=True)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        z = self.first(x)
+        return self.out(self.second(self.clamp(z)) + z)
+
+
+class Writing(Steps):
+    """The forward changes its inputs."""
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return super().forward(x.mul_(2))
+
+
+class Noting(Steps):
+    """Keeps a value, which whoever asks the network for it would miss."""
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        self.seen = self.first(x)
+        return self.out(self.second(self.seen))
+
+
+class Deep(Steps):
+    """Statistics in the trunk, between splits and in heads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.norm2 = nn.BatchNorm1d(6), nn.BatchNorm1d(6)
+        self.heads = nn.ModuleDict({t: nn.Sequential(nn.BatchNorm1d(6), nn.Linear(6, 1)) for t in TASKS})
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return self.out(self.third(self.norm2(self.second(self.norm(self.first(x))))))
+
+
+class Trunk(Steps):
+    """No heads."""
+
+    def out(self, z: Tensor) -> Any:
+        return z
+
+
+def batch(size: int, scale: float = 1.0) -> Tensor:
+    return scale * torch.randn(size, 4, generator=torch.Generator().manual_seed(size), dtype=torch.float64)
+
+
+def frozen(model: nn.Module, k: int) -> None:
+    model.get_submodule("norm").train(k < 1)
+
+
+def replaced(model: nn.Module, k: int) -> None:
+    for module in model.modules() if k == 1 else ():
+        module._buffers = {n: b if b is None else b + 1 for n, b in module._buffers.items()}
+
+
+def thawed(model: nn.Module, k: int) -> None:
+    model.get_submodule("first").requires_grad_(k % 2 == 0)
+
+
+def untouched(model: nn.Module, k: int) -> None:
+    pass
+
+
+SAME: Any = [batch(7)] * 4
+TREE = {"second": [["a", "b"], ["c"]], "third": [["a"], ["b"], ["c"]]}
+CROSSED = {"second": [["a", "c"], ["b"]], "third": [["a"], ["b", "c"]]}
+
+
+@pytest.mark.parametrize(
+    ("make", "batches", "before", "layers", "why_not", "stats"),
+    [
+        (Gated, SAME, untouched, ["second"], "", "per-task"),
+        (Sized, [batch(4), batch(7), batch(4)], untouched, ["second"], "depends on the batch", "per-task"),
+        (Sized, [batch(7), batch(8), batch(9), batch(6)], untouched, ["second"], "", "per-task"),
+        (Valued, [batch(7).abs(), -batch(7).abs()], untouched, ["second"], "cannot make one graph", "per-task"),
+        (Clamping, [batch(7), batch(7, 50)], untouched, ["second"], "", "per-task"),
+        (Writing, SAME, untouched, ["second"], "writes to its inputs", "per-task"),
+        (Noting, SAME, untouched, ["second"], r"attribute \(seen\)", "per-task"),
+        (Deep, SAME, untouched, ["second"], "", "per-task"),
+        (Deep, SAME, untouched, TREE, "", "per-task"),
+        (Deep, SAME, untouched, CROSSED, "", "per-task"),
+        (Deep, SAME, frozen, ["second"], "", "per-task"),
+        (Deep, SAME, replaced, TREE, "", "per-task"),
+        (Deep, SAME, thawed, ["second"], "", "per-task"),
+        (Deep, [batch(7), batch(7), batch(3), batch(7), batch(2)], untouched, TREE, "", "per-task"),
+        (Trunk, SAME, untouched, ["second"], "", "per-task"),
+        (Deep, SAME, untouched, ["second"], "", "shared"),
+        (Deep, SAME, untouched, CROSSED, "do not repeat", "shared"),  # a branch of a and c, then one each
+    ],
+)
+def test_later_steps_are_those_of_the_split_network(
+    make: Callable[[], nn.Module], batches: Any, before: Any, layers: Any, why_not: str, stats: str
+) -> None:
+    torch.manual_seed(0)
+    plan, sample = Plan(tasks=TASKS, layers=layers), batch(7).abs()
+    model = split(make().double(), plan, sample=sample, norm_stats=stats)
+    for copies in (m for m in model.modules() if isinstance(m, TaskCopies)):
+        perturb(copies)
+    twin, compiled = copy.deepcopy(model), Compiled(model, TASKS, "eager")
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        for k, x in enumerate(batches):
+            before(model, k)
+            before(twin, k)
+            expected = step(twin, twin, x.clone())
+            same(model, twin, step(compiled, model, x.clone()), expected)
+            with torch.no_grad():
+                for p in (*model.parameters(), *twin.parameters()):
+                    p.sub_(0.1 * p.grad if p.grad is not None else 0.0)
+    assert re.search(why_not, compiled.why_not) if why_not else not compiled.why_not
+    assert len([w for w in told if "runs as it is" in str(w.message)]) == bool(why_not)
+
+
+def test_every_network_of_a_process_is_compiled() -> None:
+    for width in range(1, 12):  # PyTorch gives up when it has compiled one function eight times
+        plan = Plan(tasks=TASKS, layers=["0"])
+        model = split(nn.Sequential(nn.Linear(4, width), nn.Linear(width, 1)), plan, sample=torch.ones(1, 4))
+        Compiled(model, TASKS, "eager")(torch.ones(2, 4))
+    assert graphs() == 11
+
+
+def test_an_unsplit_network_gives_nothing_that_was_not_asked_for_a_gradient() -> None:
+    model = Stem()
+    compiled = Compiled(model, ["a"], "aot_eager")
+    out = compiled(torch.randn(5, 4))
+    out["a"].sum().backward()
+    assert list(out) == ["a"]
+    assert [t for t in TASKS if model.get_parameter(f"heads.{t}.weight").grad is not None] == ["a"]
+
+
+def test_a_pass_that_breaks_off_leaves_nothing_to_the_next() -> None:
+    class Strict(Stem):
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            z = self.first(x)
+            if len(x) > 7:
+                raise ValueError("too many")
+            return {t: head(self.second(z)) for t, head in self.heads.items()}
+
+    model = split(Strict().double(), Plan(tasks=TASKS, layers=["second"]), sample=batch(7))
+    function = together(model, TASKS, {"first": (0, 0, 0)})
+    with pytest.raises(ValueError, match="too many"):
+        function(batch(8))
+    for task, value in model(batch(7)).items():
+        torch.testing.assert_close(function(batch(7))[task], value)
 
 
 def test_dropout_in_a_split_network_runs_as_it_is() -> None:

@@ -447,6 +447,7 @@ def adopt(module: nn.Module, trial: nn.Module) -> None:
             refine_buffers(mine, theirs.buffer_groups)
         if rec.root is not None and theirs.root is not None:
             rec.root.learned = theirs.root.learned
+            rec.root.rehearsed |= theirs.root.rehearsed
 
 
 def _own_buffers(module: nn.Module, rec: Record) -> list[Tensor | None]:

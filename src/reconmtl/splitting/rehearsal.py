@@ -44,8 +44,8 @@ class Rehearsal:
     empty: bool = False
 
 
-def apart(model: nn.Module, *, training: bool | None = None, moved: bool = True) -> nn.Module:
-    """A copy of a split model, without dropout, in which no task's value can pass for another's unnoticed.
+def apart(model: nn.Module, *, training: bool | None = None, moved: bool = True, dropout: bool = False) -> nn.Module:
+    """A copy of a split model in which no task's value can pass for another's unnoticed.
 
     Its copies are moved apart a little; so are parameters that are all zero, which hide what is behind them. It shares
     the other parameters' memory, not their hooks; buffers and attributes are its own.
@@ -54,6 +54,7 @@ def apart(model: nn.Module, *, training: bool | None = None, moved: bool = True)
         model: The split model.
         training: The mode to set; None leaves every module's own.
         moved: Move at all; copies stay as they are otherwise.
+        dropout: Whether it has dropout.
     """
     generator = torch.Generator().manual_seed(0)
     with torch.inference_mode(False):
@@ -68,7 +69,7 @@ def apart(model: nn.Module, *, training: bool | None = None, moved: bool = True)
         twin = copied(model, memo)
     if training is not None:
         twin.train(training)
-    for m in twin.modules():
+    for m in () if dropout else twin.modules():
         if isinstance(m, nn.modules.dropout._DropoutNd):
             m.training = False
         if isinstance(m, (nn.RNNBase, nn.MultiheadAttention)):
@@ -217,9 +218,9 @@ class _Play:
         shown = {}
         with self.around:
             for task in self.tasks:
-                before = _random_state()
+                before = random_state()
                 shown[task] = self._one(base, task)
-                if before != _random_state():
+                if before != random_state():
                     return None
         return shown
 
@@ -258,7 +259,7 @@ class _Play:
         grads = None
         if self.gradients and (like is None or like.gradients is not None):
             try:
-                grads = _gradients(outputs, self.params, retain=like is not None)
+                grads = projected_gradients(outputs, self.params, retain=like is not None)
             except Exception:  # has no backward in this mode, as recurrent nets of cuDNN in eval mode
                 if like is not None:
                     raise
@@ -288,7 +289,8 @@ def _run(model: nn.Module, args: Sequence[Value], kwargs: dict[str, Value]) -> V
     return model(*args, **kwargs)
 
 
-def _random_state() -> list[Value]:
+def random_state() -> list[Value]:
+    """Every global random state, as values that can be compared."""
     numpy: Value = np.random.get_state(legacy=False)  # noqa: NPY002 the user's global state
     devices = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
     return [python_random.getstate(), str(numpy), *(t.tolist() for t in (torch.get_rng_state(), *devices))]
@@ -335,7 +337,9 @@ def _buffers(model: nn.Module, mask: int) -> dict[str, Tensor]:
     return found
 
 
-def _gradients(outputs: list[Tensor], params: dict[str, Any], *, retain: bool) -> dict[str, Tensor | None] | None:
+def projected_gradients(
+    outputs: list[Tensor], params: dict[str, Any], *, retain: bool
+) -> dict[str, Tensor | None] | None:
     """Gradients of a fixed random projection of the outputs; None if they have none."""
     generator = torch.Generator().manual_seed(0)
     total: Tensor | None = None
