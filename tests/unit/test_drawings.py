@@ -8,7 +8,7 @@ import pytest
 
 from reconmtl.comparing import Spread
 from reconmtl.errors import RunError
-from reconmtl.paper.drawings import Dot, Panel, Point, dots, lines, save, stacked
+from reconmtl.paper.drawings import Dot, Panel, Point, columns, dots, lines, save, stacked
 
 
 def test_dots_hold_ours_and_the_papers_numbers(tmp_path: Path) -> None:
@@ -24,6 +24,26 @@ def test_dots_hold_ours_and_the_papers_numbers(tmp_path: Path) -> None:
     again = save(lambda: dots(rows, "Δm"), tmp_path, "y")
     assert again is not None and again.read_bytes() == first.read_bytes()
     assert (tmp_path / "x.pdf").exists() is False and (tmp_path / "new" / "x.pdf").read_bytes()[:5] == b"%PDF-"
+
+
+def test_columns_hold_rows_of_one_name_at_one_height_with_axes_of_their_own() -> None:
+    pytest.importorskip("matplotlib")
+    near, far = Dot("recon", Spread.of([7.0, 9.0])), Dot("random", Spread.of([-40.0]))
+    first, second = columns({"per task": [near], "shared": [far, near]}, "gain").axes
+    assert [label.get_text() for label in first.get_yticklabels()] == ["recon", "random"]
+    drawn = [[np.asarray(line.get_xydata()) for line in axes.get_lines()] for axes in (first, second)]
+    dots_of = [{tuple(of[0].tolist()) for of in lines_ if len(of) == 1} for lines_ in drawn]
+    assert dots_of == [{(8.0, 0.0)}, {(-40.0, 1.0), (8.0, 0.0)}]
+    assert first.get_xlim() != second.get_xlim()
+    assert {text.get_text() for text in second.texts} == {"n = 1", "n = 2"}
+
+
+def test_lines_of_the_same_points_have_their_ticks_there() -> None:
+    pytest.importorskip("matplotlib")
+    of = {n: [Point(x, Spread.of([1.0])) for x in (2, 5, 10, 20, 40)] for n in ("a", "b")}
+    (axes,) = lines([Panel("tasks", of, log=True)], "cost").axes
+    axes.figure.canvas.draw()
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["2", "5", "10", "20", "40"]
 
 
 def test_lines_join_points_and_both_settings_of_the_statistics_share_a_colour(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from reconmtl.comparing import Spread
@@ -41,7 +42,10 @@ def draw(setup: Setup, of: Mapping[str, Training], seeds: Sequence[int]) -> Figu
     """A histogram of cosines per method."""
     runs = finished(setup, of, seeds)
     found = Distributions.of(gather(runs)) if runs else None
-    return None if found is None else draw_cosines(found)
+    if found is None:
+        return None
+    order = list(of)  # a method beside itself with Recon, as in the paper
+    return draw_cosines(replace(found, rows=tuple(sorted(found.rows, key=lambda row: order.index(row.label)))))
 
 
 def tails(

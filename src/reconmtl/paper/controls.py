@@ -15,7 +15,7 @@ from reconmtl.conflicts import ConflictLog
 from reconmtl.formats import grid, readable
 from reconmtl.paper import drawings
 from reconmtl.paper.answers import BY_FIRST, SURE, Answered
-from reconmtl.paper.prices import Priced, network_cost, operations, parameters, priced
+from reconmtl.paper.prices import network_cost, operations, parameters, priced
 from reconmtl.paper.trainings import Choice, Setup, Training
 from reconmtl.plan import Plan
 from reconmtl.significance import Paired
@@ -284,22 +284,17 @@ def _tested(pairs: Sequence[Paired]) -> list[str]:
 
 
 def draw(setup: Setup, trainings: Sequence[Training], seeds: Sequence[int]) -> Figure | None:
-    """Gain over joint training against what it costs: added parameters, and operations."""
+    """Gain over joint training of every choice, a column per setting of the statistics."""
     _, found = priced(setup, trainings, seeds)
-
-    def panel(title: str, at: Callable[[Priced], float], *, log: bool) -> drawings.Panel:
-        drawn = {p.row.label: [drawings.Point(at(p), p.gain)] for p in found}
-        return drawings.Panel(title, drawn, log=log)
-
     if not found:
         return None
-    return drawings.lines(
-        [
-            panel("added MB", lambda p: p.megabytes, log=True),
-            panel("operations / joint network's", lambda p: p.operations, log=False),
-        ],
-        "Δm relative to joint training (%)",
-    )
+    shared = " (shared statistics)"
+    of: dict[str, list[drawings.Dot]] = {"statistics per task": [], "shared statistics": []}
+    for p in found:
+        if p.row.label != "joint":  # which is zero
+            column = of["shared statistics" if p.row.label.endswith(shared) else "statistics per task"]
+            column.append(drawings.Dot(p.row.label.removesuffix(shared), p.gain))
+    return drawings.columns({head: rows for head, rows in of.items() if rows} or of, "Δm to joint (%), mean ± sd")
 
 
 def draw_choices(setup: Setup, seeds: Sequence[int]) -> Figure | None:

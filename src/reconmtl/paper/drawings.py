@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
 
 MARKS = "s^vPX*D"
+MOST_TICKS = 9
+"""On an axis whose ticks are the points themselves."""
 
 
 @dataclass(frozen=True)
@@ -107,6 +109,36 @@ def dots(rows: Sequence[Dot], title: str) -> Figure:
     return figure
 
 
+def columns(of: Mapping[str, Sequence[Dot]], title: str) -> Figure:
+    """Rows of dots with their spread, in columns whose axes are their own: some of them reach much further.
+
+    Args:
+        of: Column -> its rows; those of one label stand beside each other.
+        title: Of every axis.
+    """
+    names = list(dict.fromkeys(row.label for rows in of.values() for row in rows))
+    figure, grid = new_axes(
+        2.6 * len(of) + 0.2, 0.9 + 0.2 * len(names), ncols=len(of), squeeze=False, gridspec_kw={"wspace": 0.2}
+    )
+    for at, (axes, (head, rows)) in enumerate(zip(grid.flat, of.items(), strict=True)):
+        for row in rows:
+            i, colour = names.index(row.label), SPLIT if row.label.startswith("recon") else REST
+            if math.isfinite(row.ours.sd):
+                ends = [row.ours.mean - row.ours.sd, row.ours.mean + row.ours.sd]
+                axes.plot(ends, [i, i], color=colour, lw=2, alpha=0.6, solid_capstyle="round")
+            axes.plot([row.ours.mean], [i], "o", color=colour, ms=4.5)
+            axes.annotate(
+                f"n = {row.ours.n}", (1.0, i), xycoords=("axes fraction", "data"), va="center", fontsize=5.5, color=SOFT
+            )
+        axes.axvline(0, color=SOFT, lw=0.6, ls=":")
+        axes.set_title(head, loc="left", fontsize=7.5)
+        axes.set_xlabel(title)
+        name_rows(axes, names, size=7)
+        if at:
+            axes.set_yticklabels([])
+    return figure
+
+
 def lines(panels: Sequence[Panel], title: str) -> Figure:
     """Panels with one upward axis and the same names."""
     names = list(dict.fromkeys(_way(name) for panel in panels for name in panel.lines))
@@ -138,8 +170,11 @@ def lines(panels: Sequence[Panel], title: str) -> Figure:
         elif panel.log:
             least = min((abs(x) for x in every if x), default=1.0)
             axes.set_xscale("symlog", linthresh=10 ** math.floor(math.log10(least)))  # a decade: ticks keep apart
-        if panel.log:
-            axes.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
+        places = {tuple(p.x for p in points) for points in panel.lines.values()}
+        if len(places) == 1 and 1 < len(set(every)) <= MOST_TICKS:  # all lines have the same points
+            axes.set_xticks(sorted(set(every)))
+        if panel.log or len(places) == 1:
+            axes.xaxis.set_major_formatter(lambda x, _: minus(f"{x:g}"))
             axes.minorticks_off()
         axes.axhline(0, color=SOFT, lw=0.6, ls=":")
         axes.set_xlabel(panel.title)

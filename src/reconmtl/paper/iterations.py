@@ -141,6 +141,7 @@ def _show(path: Path) -> str:
     cells = [
         [str(r["tasks"]), *(f"{r[m]:.2f}" for m in methods), f"{1000 * r['joint_seconds']:.0f}"] for r in data["ratios"]
     ]
-    where = f"{data['device']}, width {data['width']}, batch {data['batch']}, median of {data['rounds']}"
+    where = f"{data['device']}, ResNet18 of width {data['width']}, batch {data['batch']}, median of {data['rounds']}"
     table = grid(["tasks", *methods, "joint (ms)"], cells)
-    return f"{table}\n\nMultiples of joint training's time ({where}); the paper prints a plot without numbers."
+    kind = "processor time" if data["device"] == "cpu" else "time"
+    return f"{table}\n\nMultiples of joint training's {kind} ({where}); the paper prints a plot without numbers."

@@ -269,8 +269,9 @@ def draw_cosines(found: Distributions) -> Figure:
         )
     for axes in list(grid.flat)[len(found.rows) :]:
         axes.axis("off")
-    for axes in grid[-1]:
+    for axes in list(grid.flat)[max(0, len(found.rows) - columns) : len(found.rows)]:  # the last one of each column
         axes.set_xlabel("cosine of whole shared gradients")
+        axes.tick_params(labelbottom=True)
     for axes in grid[:, 0]:
         axes.set_ylabel("pairs (%)")
     return figure
