@@ -8,10 +8,11 @@ from reconmtl.plan import Plan
 from reconmtl.splitting import cost
 
 
-def test_every_printed_size_is_that_of_our_network_but_for_two_baselines_that_are_other_networks() -> None:
+def test_every_printed_size_is_that_of_our_network_but_for_two_other_networks_and_rotations_left_out() -> None:
     printed = sizes.printed_sizes()
-    assert len(printed) == 29
-    assert {(p.table, p.method) for p in printed if not p.agrees} == {("t5", SINGLE), ("t16", SINGLE)}
+    assert len(printed) == 30
+    odd = {(p.table, p.method) for p in printed if not p.agrees}
+    assert odd == {("t5", SINGLE), ("t16", SINGLE), ("t1", "RotoGrad")}
     exact = [p for p in printed if p.agrees and abs(sizes.megabytes(p.counted) - p.printed) <= 0.00501]
     assert len(exact) == 27  # all of those that agree do so by rounding
 

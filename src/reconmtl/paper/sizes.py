@@ -189,6 +189,7 @@ def printed_sizes() -> tuple[PrintedSize, ...]:
         add("t1", "MMoE", _total(experts), "two experts")
         add("t3", "Cross-Stitch", _total(two), "two SegNets, stitched")
         add("t5", "Cross-Stitch", _total(three), "three SegNets (not MTANs), stitched")
+    add("t1", "RotoGrad", size("multifashion").joint + 2 * 100**2, "joint and two 100 x 100 rotations (B.1)")
     add("t3", "RotoGrad", size("segnet cityscapes").joint + 2 * 1024**2, "joint and two 1024 x 1024 rotations")
     for selection, pick in (("RSL", random_layers), ("RSP", random_parameters)):
         for seed in range(3):
