@@ -13,6 +13,8 @@ from reconmtl.splitting.costs import Cost
 def test_every_way_to_split_stands_at_both_settings_of_the_statistics() -> None:
     found = {(t.name, t.norm_stats) for t in controls.CENTRAL if t.choose is not None}
     assert found == {(way, stats) for way in controls.WAYS for stats in ("per-task", "shared")}
+    named = {t.name for of in (controls.CENTRAL, controls.TABLE_7, controls.TABLE_11) for t in of}
+    assert controls.MEANINGS.keys() <= named  # or a row was renamed
     rest = {t.name for t in controls.CENTRAL if t.choose is None}
     assert rest == {"joint", "single", "wider, operations", "wider, parameters"}
 

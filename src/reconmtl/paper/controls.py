@@ -215,6 +215,23 @@ FIGURE_3 = (
 )
 
 
+SHARED = " (shared statistics)"
+MEANINGS = {
+    "single": "a network per task",
+    "random layers": "as many layers as Recon's, drawn under the seed",
+    "random layers, as many parameters": "drawn as long as they fit into the parameters of Recon's layers",
+    "random parameters, exceeding": "drawn until they exceed the parameters of Recon's layers, the paper's RSP",
+    "smallest layers": "as many, the smallest",
+    "all norms": "every normalisation layer",
+    "least conflicts": "as many, those with the fewest conflicts",
+    "recon but the first layer": "as many with most conflicts, the network's first layer left out",
+    "random layers and the first": "as many, drawn, the network's first layer always among them",
+    "wider, parameters": "the narrowest unsplit network that has at least the parameters of Recon's",
+    "wider, operations": "the narrowest unsplit network that takes at least the operations of Recon's",
+}
+"""What rows are, where their names do not say all of it."""
+
+
 def show(setup: Setup, trainings: Sequence[Training], seeds: Sequence[int]) -> str:
     """Markdown: gain over joint training, its price, and a paired test against Recon."""
     comparison, found = priced(setup, trainings, seeds)
@@ -255,11 +272,12 @@ def show(setup: Setup, trainings: Sequence[Training], seeds: Sequence[int]) -> s
         "Δm per joint forward",
     ]
     titles += ["Δm - recon", "effect size", "p (sign flip)", "n"]
+    there = {p.row.label.removesuffix(SHARED) for p in found}
+    meant = [f"*{name}*: {told}" for name, told in MEANINGS.items() if name in there]
     notes = [
-        "Δm is relative to joint training under the row's own seeds. "
-        "Operations of a forward in multiples of the joint network's. A wider network is the narrowest one that has at "
-        "least Recon's parameters or operations. Rows without a split (joint, single, wider) are the same at both "
-        "settings of the statistics.",
+        "Δm is relative to joint training under the row's own seeds. Operations of a forward in multiples of the joint "
+        "network's.",
+        *([f"{'; '.join(meant)}."] if meant else []),
         *_tested([p.paired for p in found if p.paired is not None]),
         *(
             ["\n".join(["Left out:", *(f"- {o.run}: {o.reason}" for o in comparison.left_out)])]
@@ -288,12 +306,11 @@ def draw(setup: Setup, trainings: Sequence[Training], seeds: Sequence[int]) -> F
     _, found = priced(setup, trainings, seeds)
     if not found:
         return None
-    shared = " (shared statistics)"
     of: dict[str, list[drawings.Dot]] = {"statistics per task": [], "shared statistics": []}
     for p in found:
         if p.row.label != "joint":  # which is zero
-            column = of["shared statistics" if p.row.label.endswith(shared) else "statistics per task"]
-            column.append(drawings.Dot(p.row.label.removesuffix(shared), p.gain))
+            column = of["shared statistics" if p.row.label.endswith(SHARED) else "statistics per task"]
+            column.append(drawings.Dot(p.row.label.removesuffix(SHARED), p.gain))
     return drawings.columns({head: rows for head, rows in of.items() if rows} or of, "Δm to joint (%), mean ± sd")
 
 

@@ -37,7 +37,7 @@ def pages(out: Path, page_file: Path | None = None) -> list[str]:
                 if page_file is not None:
                     text += embedded(name, draw(name, setup, seeds, out / "figures"), page_file)
                 left = [t.row for t in experiment.trainings if t not in done]
-                found.append(text + (f"\n\nNot trained yet: {', '.join(left)}." if left else ""))
+                found.append(text + (f"\n\nNot trained yet: {'; '.join(left)}." if left else ""))
     return found
 
 
@@ -74,7 +74,8 @@ def document(out: Path, page_file: Path | None = None) -> str:
         "edit. Each run's folder holds its config, versions, plan, metrics and result. `reconmtl paper ls` lists the "
         "experiments, `reconmtl paper run NAME --seeds 0 1 2` does what is missing of one, `reconmtl paper show NAME` "
         "prints its part of this page, `--figures DIR` draws it. Scale mini is a tenth of the data and a sixtieth of "
-        "the parameters: signs may carry over to the paper's scale, sizes do not.",
+        "the parameters: signs may carry over to the paper's scale, sizes do not. Times are wall clock, some with "
+        "other work beside them: `f11` compares costs.",
     ]
     said = [text for scale in SCALES for text in findings(out, scale)]
     return "\n\n".join([*head, *said, *pages(out, page_file), ""])
