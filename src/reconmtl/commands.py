@@ -361,12 +361,16 @@ def paper(options: PaperSettings, faults: Faults) -> Answer:
     from reconmtl.paper import experiments
     from reconmtl.paper.trainings import Sources, taking
     from reconmtl.reporting.figures import check_matplotlib
+    from reconmtl.train import check_seeds
 
     found = list(faults)
     roots = _by_name("--root", options.root, taking("root"), found)
     weights = _by_name("--pretrained", options.pretrained, taking("pretrained"), found)
     if options.scale == "mini" and (roots or weights):
         found.append("--root and --pretrained are for --scale full: the mini scale needs no files.")
+    found += [] if options.seeds is None else check_seeds(options.seeds)
+    if options.out.exists() and not options.out.is_dir():
+        found.append(f"--out {options.out} is no folder.")
     if options.action != "ls" and not options.names:
         found.append(f"NAME: say which, e.g. `reconmtl paper {options.action} t1`; `reconmtl paper ls` lists them.")
     for name in options.names:

@@ -6,12 +6,14 @@ from pathlib import Path
 
 import pytest
 
+from logs import make_log, two_task_grams
 from reconmtl.cli import main
+from reconmtl.conflicts import ConflictLog
 from reconmtl.errors import UnknownNameError
 from reconmtl.paper import experiments, tables
 from reconmtl.paper.controls import recon
 from reconmtl.paper.published import TITLES, load
-from reconmtl.paper.trainings import Sources, run_all
+from reconmtl.paper.trainings import Setup, Sources
 from reconmtl.problems.rooms_files import write_npy_folders
 
 RUNS = Path(__file__).parents[2] / "results" / "paper"
@@ -99,20 +101,33 @@ def test_folders_of_data_sets_are_given_by_name(tmp_path: Path, capsys: pytest.C
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*published are")
-def test_layers_found_elsewhere_at_full_scale_come_from_the_files_of_the_other_data_set(tmp_path: Path) -> None:
+def test_layers_found_elsewhere_at_full_scale_come_from_the_files_of_the_other_data_set(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("torchmetrics")
     for name in ("cityscapes", "nyuv2"):
         write_npy_folders(tmp_path / name, name, counts={"train": 16, "val": 2}, size=(32, 64))
     sources = Sources(roots={name: tmp_path / name for name in ("cityscapes", "nyuv2")})
-    experiment = experiments.find("t15")
-    setup = experiment.setup("full", tmp_path / "out", smoke=True, sources=sources)
-    assert run_all(setup, [experiment.rows["Joint-train w/ Recon*"]], (0,), lambda _: None) == []
-    assert sorted(f.name for f in (tmp_path / "out").iterdir()) == [
-        "full-cityscapes-segnet-fast-dev-run",
-        "full-nyuv2-segnet-fast-dev-run",
-    ]
+    setup = experiments.find("t15").setup("full", tmp_path / "out", smoke=True, sources=sources)
+    assert setup.decided.options["root"] == str(tmp_path / "nyuv2")
+    log = make_log(two_task_grams([[-0.5, 0.5]] * 4))
+    asked = []
+
+    def probe(there: Setup, _seed: int) -> ConflictLog:
+        asked.append((there.decided.options["root"], there.folder.name))
+        return log
+
+    monkeypatch.setattr(Setup, "probe", probe)
+    assert len(tables.found_in(experiments.CITYSCAPES)(setup, log, 0).layers) == len(log.layers)
+    assert asked == [(str(tmp_path / "cityscapes"), "full-cityscapes-segnet-fast-dev-run")]
+
+
+def test_wrong_seeds_and_folders_are_said_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").touch()
+    assert main(["paper", "run", "t1", "--seeds", "-1", "--out", str(tmp_path / "file")]) == 2
+    said = capsys.readouterr().err
+    assert said.count("seeds = [-1]") == 1 and "is no folder" in said
 
 
 def test_iterations_are_measured_without_the_data(tmp_path: Path) -> None:
