@@ -495,7 +495,6 @@ class PaperSettings(PaperOptions, OutputOptions):
     examples: ClassVar = (
         "reconmtl paper ls",
         "reconmtl paper run controls --seeds 0 1 2",
-        "reconmtl paper run t15 --scale full --root nyuv2=data/nyuv2 cityscapes=data/cityscapes",
         "reconmtl paper show t1 t7 --to page.md --figures figures",
     )
 
