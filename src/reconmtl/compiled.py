@@ -216,13 +216,11 @@ def checked(model: nn.Module, tasks: Sequence[str], inputs: Any) -> Repeats:  # 
     if any(isinstance(m, nn.SyncBatchNorm) for m in model.modules()):
         raise Apart("its SyncBatchNorms wait for other processes, which need not look at the same batches")
     try:
-        twin = apart(model, dropout=True)
-        call(twin, _own(inputs))
+        twin = _taught(model, inputs, moved=True)
     except ReconError:
         raise
     except Exception:  # it does not stand moved copies (a matrix that is no covariance any more)
-        twin = apart(model, moved=False, dropout=True)
-        call(twin, _own(inputs))
+        twin = _taught(model, inputs, moved=False)
     adopt(model, twin)
     mine = _own(inputs)
     with undisturbed(twin):
@@ -247,6 +245,16 @@ def checked(model: nn.Module, tasks: Sequence[str], inputs: Any) -> Repeats:  # 
     if far:
         raise Apart(f"its tasks depend on each other in a way that their networks do not repeat ({far[0].at})")
     return repeats
+
+
+def _taught(model: nn.Module, inputs: Any, *, moved: bool) -> nn.Module:  # noqa: ANN401 whatever the model takes
+    """A copy that has been called until it knows which buffers need copies: what has them gives others their need."""
+    twin = apart(model, moved=moved, dropout=True)
+    while True:
+        known = [n for n, _ in twin.named_buffers()]
+        call(twin, _own(inputs))
+        if known == [n for n, _ in twin.named_buffers()]:
+            return twin
 
 
 def _own(inputs: Any) -> Any:  # noqa: ANN401 whatever the model takes
