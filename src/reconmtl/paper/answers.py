@@ -93,8 +93,8 @@ def answer(found: Mapping[str, Answered]) -> str:
     unknown = f" (too few seeds to tell: {_all(open_)})" if open_ else ""
     sentences.append(
         f"In paired tests (sign flips over seeds, p < {SURE:g}) Recon is better than {_all(better)}, and not than "
-        f"{_all(not_better)}{unknown}; the best of these other choices, *{best}*, has {100 * share:.0f} % of its gain, so "
-        f"that Recon's adds {readable(lead, digits=1, sign=True)} Δm to splitting as such."
+        f"{_all(not_better)}{unknown}; the best of these other choices, *{best}*, has {100 * share:.0f} % of its gain, "
+        f"so that Recon's adds {readable(lead, digits=1, sign=True)} Δm to splitting as such."
     )
     mixed = {n: found[f"{n} (shared statistics)"] for n in ("recon", *others) if f"{n} (shared statistics)" in found}
     if "recon" in mixed and "random layers" in mixed and "random layers" in found:
