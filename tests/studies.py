@@ -12,6 +12,7 @@ from torch import Tensor
 from reconmtl.conflicts import ConflictLog
 from reconmtl.plan import Plan
 from reconmtl.reporting.material import Material
+from reconmtl.runs import Run
 
 
 def grams(*, steps: int, layers: int, tasks: int, seed: int = 0, pull: float = 1.0) -> Tensor:
@@ -165,3 +166,21 @@ def gappy(steps: int = 70, layers: int = 5) -> ConflictLog:
     grams[:, 0, (rows == 1) | (columns == 1)] = torch.nan
     grams[-1, 2] = 0.0
     return ConflictLog(grams, tasks=("a", "b", "c", "d"), layers=log.layers, sizes=log.sizes, types=log.types, every=2)
+
+
+def accuracies(label: str, values: dict[int, float]) -> list[Run]:
+    """Runs of a row, seed -> accuracy of both tasks."""
+    return [
+        Run(
+            method="joint",
+            label=label,
+            seed=seed,
+            metrics={"digit": {"acc": value}, "fashion": {"acc": value}},
+            directions={"digit": {"acc": "max"}, "fashion": {"acc": "max"}},
+            parameters=1000,
+            seconds=1.0,
+            fingerprint="f",
+            network="Net",
+        )
+        for seed, value in values.items()
+    ]

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
+from multiprocessing import connection
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -187,9 +188,10 @@ class Processes:
         for pool in self._pools.values():
             pool.shutdown(wait=not kill, cancel_futures=kill)
         for worker in workers:
-            worker.join(GRACE)
-            if worker.is_alive():
+            # The pool's own thread joins too, and after `join` who comes second is told that the process lives.
+            if not connection.wait([worker.sentinel], GRACE):
                 worker.kill()
+            worker.join(GRACE)
 
 
 def _perform(job: Job) -> None:

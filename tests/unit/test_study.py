@@ -95,7 +95,8 @@ def test_a_study_that_is_older_than_an_option_goes_on_as_it_was_made(tmp_path: P
     settings = _settings(out, methods=("joint",), seeds=(0,), epochs=1)
     run_study(settings)
     content = json.loads((out / "config.json").read_text())
-    optional = ("k", "record", "norm_stats", "init", "precision", "processes", "sync_batchnorm", "max_batches", "note")
+    optional = ("k", "record", "norm_stats", "init", "precision", "compile", "processes", "sync_batchnorm",
+                "max_batches", "note")  # fmt: skip
     for name in optional:
         # The planted problem's preset chooses K = 2, which is no default.
         (out / "config.json").write_text(json.dumps({n: v for n, v in content.items() if n != name}))

@@ -178,6 +178,9 @@ def test_a_training_that_is_told_to_stop_saves_its_state_first(decided: Any, tmp
             time.sleep(0.05)
         (process,) = (w for pool in found._pools.values() for w in (pool._processes or {}).values())
         raise KeyboardInterrupt
+    deadline = time.monotonic() + 60
+    while process.exitcode is None and time.monotonic() < deadline:  # the pool's thread is about to learn it
+        time.sleep(0.05)
     assert process.exitcode == STOPPED and not job.finished  # it left by itself, between two steps
     assert (tmp_path / "joint" / "seed0" / "last.ckpt").exists()
 
