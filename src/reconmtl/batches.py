@@ -86,13 +86,13 @@ def fetch(
 
 def move(value: Any, device: torch.device) -> Any:  # noqa: ANN401 nested containers of tensors
     """Put what can be moved (tensors, and whatever else has `.to`) on a device; containers keep their structure."""
-    return map_leaves(lambda leaf: leaf.to(device) if hasattr(leaf, "to") else leaf, value)
+    return _map(lambda leaf: leaf.to(device) if hasattr(leaf, "to") else leaf, value)
 
 
 def leaves(value: Any) -> list[Any]:  # noqa: ANN401 nested containers of tensors
     """What nested containers hold, in order."""
     found: list[Any] = []
-    map_leaves(found.append, value)
+    _map(found.append, value)
     return found
 
 
@@ -116,13 +116,13 @@ def select(output: Any, at: Tensor | None) -> Any:  # noqa: ANN401 whatever the 
             )
         return leaf[at]
 
-    return output if at is None else map_leaves(rows, output)
+    return output if at is None else _map(rows, output)
 
 
 def length(values: Any) -> int:  # noqa: ANN401 nested containers of tensors
     """Samples in a batch of targets: the length of its first tensor; 0 without any."""
     found: list[int] = []
-    map_leaves(lambda leaf: found.append(len(leaf)) if isinstance(leaf, Tensor) and leaf.ndim else None, values)
+    _map(lambda leaf: found.append(len(leaf)) if isinstance(leaf, Tensor) and leaf.ndim else None, values)
     return found[0] if found else 0
 
 
@@ -176,11 +176,10 @@ def _stack(values: list[Any], what: str) -> Any:  # noqa: ANN401 nested containe
         raise ProblemError(f"The {what} of a batch cannot be stacked ({error}); pass `collate=`.") from error
 
 
-def map_leaves(function: Callable[[Any], Any], value: Any) -> Any:  # noqa: ANN401 nested containers of tensors
-    """The same containers, with the function's values for what is in them."""
+def _map(function: Callable[[Any], Any], value: Any) -> Any:  # noqa: ANN401 nested containers of tensors
     if isinstance(value, Mapping) and not hasattr(value, "to"):
-        return {k: map_leaves(function, v) for k, v in value.items()}
+        return {k: _map(function, v) for k, v in value.items()}
     if isinstance(value, (tuple, list)) and not hasattr(value, "to"):
         make = getattr(value, "_make", type(value))  # named tuples keep their names
-        return make(map_leaves(function, v) for v in value)
+        return make(_map(function, v) for v in value)
     return function(value)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -92,7 +93,8 @@ def data(options: DataSettings, faults: Faults) -> Answer:
     if options.download:
         idx.download(source)
     folder = multifashion_data.build_full(source, cache=options.cache, seed=options.seed, overwrite=options.overwrite)
-    text = f"Multi-Fashion+MNIST is in {folder}; `reconmtl run multifashion --preset paper` finds it there."
+    place = "" if options.cache is None else f"RECONMTL_CACHE={shlex.quote(str(options.cache.absolute()))} "
+    text = f"Multi-Fashion+MNIST is in {folder}; `{place}reconmtl run multifashion --preset paper` finds it there."
     return _answer(options, {"problem": options.problem, "folder": str(folder)}, text)
 
 

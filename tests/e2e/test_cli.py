@@ -147,6 +147,15 @@ def test_a_corrupt_data_file_is_named(say: Say) -> None:
     assert said.code == 2 and "train-images-idx3-ubyte" in said.err
 
 
+def test_a_data_set_in_a_cache_of_its_own_is_found_as_the_message_says(
+    say: Say, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("reconmtl.problems.multifashion_data.build_full", lambda _, cache, **__: cache or Path("usual"))
+    said = say("data", "multifashion", "--from", "originals", "--cache", "my cache")
+    assert f"`RECONMTL_CACHE='{tmp_path}/my cache' reconmtl run multifashion --preset paper` finds it" in said.out
+    assert "`reconmtl run multifashion --preset paper` finds it" in say("data", "multifashion", "--from", "x").out
+
+
 def test_an_existing_folder_is_refused_with_both_ways_out(say: Say) -> None:
     arguments = ("run", *QUICK, "--seeds", "0", "--methods", "joint", "--jobs", "1", "--out", "out")
     assert say(*arguments).code == 0

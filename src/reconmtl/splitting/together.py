@@ -14,7 +14,7 @@ from reconmtl.splitting.outputs import select
 from reconmtl.splitting.ownership import plain_copy
 from reconmtl.splitting.refusals import written_state
 from reconmtl.splitting.storage import GroupTensors, record
-from reconmtl.splitting.structure import ATOMS, Value, tensors
+from reconmtl.splitting.structure import ATOMS, Value, tensors, transform
 
 Repeats = dict[str, tuple[int, ...]]
 """Module -> of each network, the position of the first network in which it gets and gives the same."""
@@ -103,7 +103,7 @@ class _Kept:
     def forward(self, *args: Value, **kwargs: Value) -> Value:
         value = self.original(*args, **kwargs)
         self.values.append(value)
-        return _cloned(value)
+        return transform(value, Tensor.clone)
 
 
 class _Repeated:
@@ -116,17 +116,7 @@ class _Repeated:
     def forward(self, *args: Value, **kwargs: Value) -> Value:
         del args, kwargs  # they are those of the other network
         self.next += 1
-        return _cloned(self.kept.values[self.next - 1])
-
-
-def _cloned(value: Value) -> Value:
-    if isinstance(value, Tensor):
-        return value.clone()
-    if isinstance(value, dict):
-        return {k: _cloned(v) for k, v in value.items()}
-    if isinstance(value, (tuple, list)) and not isinstance(value, torch.Size):
-        return getattr(value, "_make", type(value))([_cloned(v) for v in value])
-    return value
+        return transform(self.kept.values[self.next - 1], Tensor.clone)
 
 
 # What networks have in common -----------------------------------------------------------------------------------------
